@@ -1,0 +1,38 @@
+# Everything runs in virtual environments made here from pyproject.toml.
+PYTHON ?= python3
+BIN := .venv/bin
+LOWEST := jax==0.8.0 jaxlib==0.8.0 flax==0.12.0
+
+.PHONY: demo test lint bench notebooks test-lowest test-newest clean
+
+demo: .venv/demo.done  ## train on handwritten digits, with and without batch normalization
+	$(BIN)/python notebooks/train_digits.py
+
+test: .venv/dev.done  ## the tests, and the examples in docstrings and README
+	$(BIN)/pytest --numprocesses=auto --maxprocesses=4
+
+lint: .venv/dev.done  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+notebooks: .venv/notebooks.done  ## execute the notebooks, from clean kernels
+	$(BIN)/python notebooks/run.py $(ARGS)
+
+bench: .venv/bench.done  ## time and memory, side by side with the other libraries
+	$(BIN)/python tests/bench/run.py $(ARGS)
+
+test-lowest:  ## the wheel, outside the checkout, on the oldest JAX and Flax that are supported
+	.ci/test_wheel $(PYTHON) $(LOWEST)
+
+test-newest:  ## the same on the newest that $(PYTHON) gets
+	.ci/test_wheel $(PYTHON)
+
+.venv/%.done: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist results

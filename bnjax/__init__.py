@@ -1,0 +1,34 @@
+"""Batch normalization for JAX and Flax: accurate, mask-aware, on any number of devices.
+
+    m = bnjax.moments(x)                                # measure
+    y = bnjax.normalize(x, m, scale, bias)              # apply
+    running = bnjax.ema(running, m, momentum=0.99)      # remember
+
+`bnjax.linen` and `bnjax.nnx` hold the Flax layers; they load flax on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from bnjax._moments import MOMENTS_NAME as MOMENTS_NAME
+from bnjax._moments import Moments as Moments
+from bnjax._moments import ema as ema
+from bnjax._moments import merge as merge
+from bnjax._moments import moments as moments
+from bnjax._moments import pmerge as pmerge
+from bnjax._normalize import affine as affine
+from bnjax._normalize import batch_norm as batch_norm
+from bnjax._normalize import convs_and_dots_saveable as convs_and_dots_saveable
+from bnjax._normalize import normalize as normalize
+
+if TYPE_CHECKING:
+    from bnjax import linen as linen
+    from bnjax import nnx as nnx
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"bnjax.{name}")
+    raise AttributeError(f"module 'bnjax' has no attribute {name!r}")

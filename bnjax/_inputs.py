@@ -1,0 +1,132 @@
+"""Read the arguments, or refuse them: axes, masks, dtypes. Errors say what came and the cure."""
+
+import functools
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+Axes = int | Sequence[int]
+Shape = tuple[int, ...]
+
+
+def promote(*dtypes: DTypeLike) -> np.dtype:
+    """The common dtype, at least float32, also where JAX's promotion is set to strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes, np.dtype(np.float32))
+
+
+def is_static(x: Any) -> bool:
+    """Whether the value can be looked at now: not traced, and held by this process."""
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+
+
+def as_array(x: ArrayLike) -> Array:
+    """A JAX array, and the very same one if it is that: `jnp.asarray` copies traced ones."""
+    return x if isinstance(x, Array) else jnp.asarray(x)
+
+
+def split_axes(feature_axis: Axes, shape: Shape) -> tuple[Shape, Shape]:
+    """The feature axes and the reduced axes, both ascending."""
+    ndim = len(shape)
+    given = tuple(feature_axis) if isinstance(feature_axis, Iterable) else (feature_axis,)
+    axes = sorted(operator.index(a) + ndim * (operator.index(a) < 0) for a in given)
+    said = f"feature_axis (a layer's axis) is {feature_axis}, but "
+    if any(not 0 <= a < ndim for a in axes):
+        cure = f"Choose from {-ndim} to {ndim - 1}." if ndim else "Give x a feature axis."
+        raise ValueError(f"{said}x has shape {shape}. {cure}")
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{said}that names an axis of x twice. Name each axis once.")
+    return tuple(axes), tuple(i for i in range(ndim) if i not in axes)
+
+
+def check_features(name: str, shape: Shape, features: Shape) -> None:
+    """Refuses per-feature arrays of another shape."""
+    if shape != features:
+        raise ValueError(
+            f"{name} has shape {shape}, but the features of x have shape {features}. "
+            "Give one value for each feature."
+        )
+
+
+def check_epsilon(epsilon: ArrayLike) -> None:
+    """Refuses an epsilon that is not positive, where its value is known."""
+    if is_static(epsilon) and not np.asarray(epsilon) > 0:
+        raise ValueError(
+            f"epsilon is {epsilon}, but it keeps the variance away from zero. "
+            "Choose a positive number, such as 1e-5."
+        )
+
+
+def check_momentum(momentum: ArrayLike) -> None:
+    """Refuses a momentum outside [0, 1], where its value is known."""
+    if is_static(momentum) and not 0 <= np.asarray(momentum) <= 1:
+        raise ValueError(
+            f"momentum is {momentum}, but it is the share of the running statistics that is "
+            "kept. Choose a number from 0 to 1."
+        )
+
+
+def check_affine(name: str, p: Array | None, shape: Shape, features: Shape) -> None:
+    """Refuses a scale or bias that is neither per feature nor broadcasts against x."""
+    sizes = tuple(shape[i] for i in features)
+    if p is None or p.shape == sizes or (p.ndim == len(shape) and _fits(p.shape, shape)):
+        return
+    raise ValueError(
+        f"{name} has shape {p.shape}, but x has shape {shape} and features of shape {sizes}. "
+        "Give one value for each feature, or an array of x's rank that broadcasts to x."
+    )
+
+
+def read_mask(where: ArrayLike | None, shape: Shape, features: Shape) -> Array | None:
+    """`where` with the rank of x, narrow as it came: booleans, or real weights >= 0."""
+    if where is None:
+        return None
+    w = as_array(where)
+    if jnp.iscomplexobj(w):
+        raise ValueError(
+            f"where (a layer's mask) has dtype {w.dtype}. "
+            "Give booleans or integers as a mask, or floats >= 0 as sample weights."
+        )
+    batch = tuple(n for i, n in enumerate(shape) if i not in features)
+    missing = len(shape) - w.ndim
+    lacks_features = _fits(w.shape, batch)
+    said = f"where (a layer's mask) has shape {w.shape} and x has shape {shape}: "
+    if not _fits(w.shape[::-1], shape[::-1]):
+        cure = f"Write {_over_examples(w.shape, len(shape), features)}."
+        raise ValueError(
+            f"{said}they do not broadcast. "
+            + (cure if lacks_features else "Give a mask that broadcasts to x as in NumPy.")
+        )
+    if missing and w.size != 1 and lacks_features:
+        raise ValueError(
+            f"{said}examples or features could be meant. For a mask of the examples write "
+            f"{_over_examples(w.shape, len(shape), features)}, of the last axes "
+            f"mask.reshape({(1,) * missing + w.shape})."
+        )
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        w = w.astype(bool)
+    elif is_static(where) and np.any(np.asarray(where) < 0):
+        raise ValueError(
+            f"where (a layer's mask) holds the negative weight {np.min(np.asarray(where))}. "
+            "Sample weights must not be negative: clip them at 0."
+        )
+    return lax.expand_dims(w, tuple(range(missing)))
+
+
+def _fits(small: Shape, big: Shape) -> bool:
+    """Whether each axis of `small` is 1 or as long as the axis of `big` at its place."""
+    return len(small) <= len(big) and all(a in (1, b) for a, b in zip(small, big, strict=False))
+
+
+def _over_examples(shape: Shape, ndim: int, features: Shape) -> str:
+    """How to write a mask whose axes are the first ones of x that are no features."""
+    if features == (ndim - 1,) and len(shape) == ndim - 1:
+        return "mask[..., None]"
+    sizes = iter(shape)
+    return f"mask.reshape({tuple(1 if i in features else next(sizes, 1) for i in range(ndim))})"

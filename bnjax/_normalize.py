@@ -1,0 +1,223 @@
+"""Apply: normalize with given moments, and batch normalization as measure, then apply."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from bnjax._inputs import (
+    Axes,
+    Shape,
+    as_array,
+    check_affine,
+    check_epsilon,
+    check_features,
+    promote,
+    read_mask,
+    split_axes,
+)
+from bnjax._moments import MOMENTS_NAME, AxisName, Groups, Moments, _finite, moments
+from bnjax._rounding import real_dtype
+
+
+def affine(
+    m: Moments,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    epsilon: ArrayLike = 1e-5,
+) -> tuple[Array, Array]:
+    """Normalization as one multiplication and one addition, y = x * mul + add:
+
+      mul = scale / sqrt(var + epsilon),  add = bias - (mean + remainder) * mul
+
+    Good for folding a normalization into the layer before it. Don't use it in place of
+    `normalize` where |mean| is far above the standard deviation: x * mul + add cancels there.
+
+    Args:
+      m: the moments to normalize with.
+      scale, bias: `[*features]`, or anything that broadcasts against them; None is 1 and 0.
+      epsilon: added to the variance; positive.
+
+    Returns:
+      `(mul, add)` in the promotion of the moments, scale, bias and float32.
+
+    Raises:
+      ValueError: for an epsilon that is not positive.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> m = bnjax.Moments(mean=jnp.array([3.0]), var=jnp.array([4.0]))
+      >>> mul, add = bnjax.affine(m, scale=jnp.array([10.0]), epsilon=1e-12)
+      >>> print(mul, add)
+      [5.] [-15.]
+    """
+    check_epsilon(epsilon)
+    given = [p for p in (m.mean, scale, bias) if p is not None]
+    dtype = promote(*(jnp.result_type(p) for p in given))
+    mul = lax.rsqrt(jnp.asarray(m.var, real_dtype(dtype)) + epsilon).astype(dtype)
+    if scale is not None:
+        mul = mul * jnp.asarray(scale, dtype)
+    add = -(jnp.asarray(m.mean, dtype) + jnp.asarray(m.remainder, dtype)) * mul
+    if bias is not None:
+        add = add + jnp.asarray(bias, dtype)
+    return mul, add
+
+
+def normalize(
+    x: ArrayLike,
+    m: Moments,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    feature_axis: Axes = -1,
+    where: ArrayLike | None = None,
+    epsilon: ArrayLike = 1e-5,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """Applies moments: y = (x - mean) / sqrt(var + epsilon) * scale + bias.
+
+    The same for training, with the batch's moments, and for inference, with remembered ones:
+    `normalize(x, Moments(**batch_stats), scale, bias)`. It is computed as
+
+      d = x - c,  k = scale / sqrt(var + epsilon),  y = d k + (bias - m1 k)
+
+    with c = stop_gradient(mean) and m1 = (mean - c) + remainder, exact at every mean / std.
+
+    Args:
+      x: any shape and numeric dtype; the arithmetic is in at least float32.
+      m: moments of the shape of the features of `x`.
+      scale, bias: `[*features]`, or of the rank of `x` and broadcasting against it (one for
+        each example or position: conditional batch normalization). None is 1 and 0.
+      feature_axis: the axis or axes of the features, as in `moments`.
+      where: the mask or weights that `moments` had. Masked-out values are normalized as all
+        others, but if NaN or infinite they yield the bias and reach no gradient.
+      epsilon: added to the variance; positive.
+      dtype: the dtype of y; by default that of `x` (float32 for integers). The cast comes last.
+
+    Raises:
+      ValueError: for an epsilon that is not positive, or a shape that does not fit.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> m = bnjax.Moments(mean=jnp.array([3.0]), var=jnp.array([4.0]))
+      >>> print(bnjax.normalize(jnp.array([[3.0], [7.0]]), m, epsilon=1e-12))
+      [[0.]
+       [2.]]
+    """
+    x = as_array(x)
+    features, reduced = split_axes(feature_axis, x.shape)
+    sizes = tuple(x.shape[i] for i in features)
+    check_features("mean", jnp.shape(m.mean), sizes)
+    check_features("var", jnp.shape(m.var), sizes)
+    check_epsilon(epsilon)
+    if dtype is None:
+        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else promote(x.dtype)
+    scale = None if scale is None else as_array(scale)
+    bias = None if bias is None else as_array(bias)
+    check_affine("scale", scale, x.shape, features)
+    check_affine("bias", bias, x.shape, features)
+    weights = read_mask(where, x.shape, features)
+    return _apply(x, m, scale, bias, weights, epsilon, reduced, jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(6, 7))
+@functools.partial(jax.checkpoint, static_argnums=(6, 7))
+def _apply(
+    x: Array,
+    m: Moments,
+    scale: Array | None,
+    bias: Array | None,
+    w: Array | None,
+    epsilon: ArrayLike,
+    reduced: Shape,
+    dtype: DTypeLike,
+) -> Array:
+    """y. Recomputed in the backward pass, so that x alone is kept."""
+    dtypes = [p.dtype for p in (x, scale, bias) if p is not None]
+    mean = jnp.asarray(m.mean, promote(jnp.result_type(m.mean), *dtypes))
+    c = lax.stop_gradient(mean)
+
+    def at(p: ArrayLike) -> Array:
+        """p with the rank of x."""
+        p = jnp.asarray(p)
+        return p if p.ndim == x.ndim else lax.expand_dims(p, reduced)
+
+    rest = jnp.broadcast_to(m.remainder, mean.shape)
+    about_c = Moments(at(mean - c), at(m.var), remainder=at(rest))
+    scale, bias = (None if p is None else at(p) for p in (scale, bias))
+    mul, add = affine(about_c, scale, bias, epsilon=epsilon)
+    # A masked-out NaN is taken for the mean: its output is the bias, which asks nothing of x.
+    d = _finite(x.astype(c.dtype) - at(c), w, about_c.mean + about_c.remainder)
+    return (d * mul + add).astype(dtype)
+
+
+def batch_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    feature_axis: Axes = -1,
+    where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups = None,
+    pivot: ArrayLike | None = None,
+    epsilon: ArrayLike = 1e-5,
+    dtype: DTypeLike | None = None,
+) -> tuple[Array, Moments]:
+    """Batch normalization in training (Ioffe and Szegedy, 2015): measure, then apply.
+
+      m = moments(x, ...);  y = normalize(x, m, scale, bias, ...)
+
+    Gradients flow through the mean and the variance. The arguments and errors are those of
+    `moments` and `normalize`; keep the moments with `ema` for use at inference.
+
+    Returns:
+      `(y, m)`: y in the dtype of `x` (or `dtype`), and the batch's `Moments`.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> y, m = bnjax.batch_norm(jnp.array([[1.0], [3.0]]), scale=jnp.array([0.5]))
+      >>> print(y[:, 0].round(3), m.mean, m.count)
+      [-0.5  0.5] [2.] 2.0
+    """
+    m = moments(
+        x,
+        feature_axis=feature_axis,
+        where=where,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        pivot=pivot,
+    )
+    y = normalize(
+        x, m, scale, bias, feature_axis=feature_axis, where=where, epsilon=epsilon, dtype=dtype
+    )
+    return y, m
+
+
+def convs_and_dots_saveable(prim: Any, *args: Any, **params: Any) -> bool:
+    """A policy for `jax.checkpoint`, `nn.remat` and `nnx.remat`, best around a residual block.
+
+    Saves what convolutions and matrix products give and the moments of batch normalization
+    (tagged `bnjax.MOMENTS_NAME`), and recomputes the rest: the backward pass repeats no
+    convolution, no reduction over the batch and no collective. Policies of one's own can
+    name the tag too, as in `jax.checkpoint_policies.save_only_these_names`.
+
+    Example:
+      >>> import bnjax, jax, jax.numpy as jnp
+      >>> def block(x, kernel):
+      ...     return x + jax.nn.relu(bnjax.batch_norm(x @ kernel)[0])
+      >>> saving = jax.checkpoint(block, policy=bnjax.convs_and_dots_saveable)
+      >>> x, kernel = jnp.arange(6.0).reshape(3, 2), jnp.eye(2)
+      >>> print(bool(jnp.all(saving(x, kernel) == block(x, kernel))))
+      True
+    """
+    if prim is lax.conv_general_dilated_p or prim is lax.dot_general_p:
+        return True
+    return bool(_names_moments(prim, *args, **params))
+
+
+_names_moments = jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME)

@@ -1,0 +1,135 @@
+"""The Flax linen layer: flax's fields, variables and behaviour over bnjax's functions."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from flax.typing import Axes, Dtype, Initializer
+from jax import Array
+from jax.typing import ArrayLike
+
+from bnjax._inputs import as_array, promote, split_axes
+from bnjax._layer import call
+from bnjax._moments import AxisName, Moments
+from bnjax._rounding import real_dtype
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization (Ioffe and Szegedy, 2015), a drop-in for `flax.linen.BatchNorm`.
+
+    In training y = (x - mean) / sqrt(var + epsilon) * scale + bias with the batch's mean and
+    (biased) variance over all axes but `axis`, and the running statistics move towards them:
+    running = momentum * running + (1 - momentum) * batch. In evaluation the running statistics
+    take their place. Fields, variables and calls are flax's, so its checkpoints load and the
+    reverse. What differs: it is accurate at every mean/std, masks may hide NaN, float masks
+    are sample weights, statistics across replicas are weighted by their counts, and between
+    forward and backward only `x` is kept.
+
+    Variables: `params/{scale,bias}` and `batch_stats/{mean,var}`, each `[*features]`. The
+    statistics start in the promotion of the input's dtype and float32, and keep their dtype.
+
+    Attributes:
+      use_running_average: True in evaluation, False in training; here or in the call.
+      axis: the feature axis, or a tuple of them.
+      momentum: the share of the running statistics that is kept (PyTorch's is 1 minus it).
+      epsilon: added to the variance; positive.
+      dtype: of the output; by default the promotion of input, scale and bias. The arithmetic is
+        in at least float32 in any case.
+      param_dtype: of scale and bias.
+      use_bias, use_scale: whether there is a bias, a scale.
+      bias_init, scale_init: their initializers.
+      axis_name: the mapped axis or axes to share statistics over (`jax.pmap`, `jax.shard_map`,
+        `jax.vmap`). Plain `jax.jit` over sharded arrays needs none.
+      axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
+      use_fast_variance, force_float32_reductions: accepted, and change nothing: the variance
+        is always accurate, and at least float32.
+      pivot: "batch", or "running" to measure about the running mean: one pass over `x` and one
+        collective less, accurate once the running mean is within a few standard deviations.
+
+    Example:
+      >>> import bnjax, jax, jax.numpy as jnp
+      >>> layer = bnjax.linen.BatchNorm(momentum=0.9)
+      >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+      >>> variables = layer.init(jax.random.key(0), x, use_running_average=False)
+      >>> y, updates = layer.apply(
+      ...     variables, x, use_running_average=False, mutable=["batch_stats"])
+      >>> print(y.round(3))
+      [[-1. -1.]
+       [ 1.  1.]]
+      >>> print(updates["batch_stats"]["mean"])
+      [0.2 2. ]
+    """
+
+    use_running_average: bool | None = None
+    axis: Axes = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = nn.initializers.zeros
+    scale_init: Initializer = nn.initializers.ones
+    axis_name: AxisName | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    pivot: Literal["batch", "running"] = "batch"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+    ) -> Array:
+        """Normalizes `x`; in training also updates `batch_stats`, which must be mutable.
+
+        While initializing the statistics stay as they are, and `axis_name` need not be mapped.
+
+        Args:
+          x: the input, of any shape.
+          use_running_average: overrides the field where that is None.
+          mask: booleans or integers, or sample weights (floats >= 0), broadcasting against `x`:
+            what the statistics are measured on. The output is normalized everywhere.
+
+        Raises:
+          ValueError: for input, mask, parameters or settings that do not fit.
+          NameError: for an `axis_name` that is not mapped, in training.
+          flax.errors.ModifyScopeVariableError: in training without
+            `mutable=["batch_stats"]` in `apply`.
+        """
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        x = as_array(x)
+        sizes = tuple(x.shape[i] for i in split_axes(self.axis, x.shape)[0])
+        kept = promote(x.dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, sizes, kept)
+        var = self.variable("batch_stats", "var", jnp.ones, sizes, real_dtype(kept))
+        scale = bias = None
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, sizes, self.param_dtype)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, sizes, self.param_dtype)
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
+        initializing = self.is_initializing()
+        y, running = call(
+            self,
+            x,
+            Moments(mean.value, var.value),
+            scale,
+            bias,
+            mask,
+            dtype,
+            use_running_average=use_running_average,
+            initializing=initializing,
+        )
+        if not use_running_average and not initializing:
+            mean.value, var.value = running.mean, running.var
+        return y

@@ -1,0 +1,116 @@
+"""One training step on the whole batch, laid out over eight devices in every way JAX has.
+
+Each layout takes and returns whole arrays: `layout(x, dy, where, scale, bias)` gives the output,
+the gradients of sum(dy * y), and the moments that each replica measured.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import bnjax
+
+DEVICES = 8
+AXIS = "replicas"
+
+
+def step(x, dy, where, scale, bias, axis_name=None):
+    """On one replica: (y, dx, dscale, dbias, moments)."""
+
+    def apply(x, scale, bias):
+        return bnjax.batch_norm(x, scale, bias, where=where, axis_name=axis_name)
+
+    y, pull, m = jax.vjp(apply, x, scale, bias, has_aux=True)
+    return y, *pull(dy), m
+
+
+def _shard(a):
+    return None if a is None else a.reshape(DEVICES, -1, *a.shape[1:])
+
+
+def _whole(result):
+    """The replicas' results put together; each replica's gradients of parameters are added."""
+    y, dx, dscale, dbias, m = result
+    y, dx = (a.reshape(-1, *a.shape[2:]) for a in (y, dx))
+    return y, dx, dscale.sum(0), dbias.sum(0), jax.tree.map(lambda a: a[0], m)
+
+
+def _mapped(transform):
+    def layout(x, dy, where, scale, bias):
+        f = functools.partial(step, axis_name=AXIS)
+        axes = (0, 0, None if where is None else 0, None, None)
+        f = transform(f, in_axes=axes, axis_name=AXIS)
+        return _whole(f(*map(_shard, (x, dy, where)), scale, bias))
+
+    return layout
+
+
+def _shard_map(check_vma):
+    def layout(x, dy, where, scale, bias):
+        def replica(x, dy, where, scale, bias):
+            y, dx, dscale, dbias, m = step(x, dy, where, scale, bias, AXIS)
+            if not check_vma:  # with the check JAX adds up the gradients of shared parameters
+                dscale, dbias = jax.lax.psum((dscale, dbias), AXIS)
+            return y, dx, dscale, dbias, m
+
+        mesh = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))
+        batch = None if where is None else P(AXIS)
+        f = jax.shard_map(
+            replica,
+            mesh=mesh,
+            in_specs=(P(AXIS), P(AXIS), batch, P(), P()),
+            out_specs=(P(AXIS), P(AXIS), P(), P(), P()),
+            check_vma=check_vma,
+        )
+        return jax.jit(f)(x, dy, where, scale, bias)
+
+    return layout
+
+
+def _jit(axis_type):
+    def layout(x, dy, where, scale, bias):
+        mesh = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(axis_type,))
+        over, whole = NamedSharding(mesh, P(AXIS)), NamedSharding(mesh, P())
+        shardings = over, over, None if where is None else over, whole, whole
+        with jax.set_mesh(mesh):
+            args = jax.tree.map(jax.device_put, (x, dy, where, scale, bias), shardings)
+            return jax.jit(step)(*args)
+
+    return layout
+
+
+LAYOUTS = {
+    "pmap": _mapped(jax.pmap),
+    "vmap": _mapped(lambda f, **mapped: jax.jit(jax.vmap(f, **mapped))),
+    "shard_map": _shard_map(check_vma=True),
+    "shard_map, unchecked": _shard_map(check_vma=False),
+    "jit, automatic": _jit(AxisType.Auto),
+    "jit, explicit": _jit(AxisType.Explicit),
+}
+
+
+def cases(rows=64, features=6):
+    """`name -> where`: what the replicas see of the batch."""
+    rng = np.random.default_rng(1)
+    uneven = rng.random((rows, 1)) < 0.6
+    one_masked = uneven.copy()
+    one_masked[: rows // DEVICES] = False
+    return {
+        "no mask": None,
+        "uneven mask": uneven,
+        "one replica masked": one_masked,
+        "weights": (2 * rng.random((rows, 1))).astype(np.float32),
+        "mask per feature": rng.random((rows, features)) < 0.7,
+    }
+
+
+def batch(ratio=0.0, dtype=jnp.float32, rows=64, features=6):
+    """x of this mean / std, dy, scale and bias."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, rows, features))
+    scale, bias = rng.standard_normal((2, features)).astype(np.float32)
+    return jnp.asarray(x + ratio, dtype), jnp.asarray(dy, dtype), scale, bias

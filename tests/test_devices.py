@@ -1,0 +1,299 @@
+"""One batch, however it is laid out: values, gradients and statistics are those of the whole."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import layouts
+import numpy as np
+import pytest
+import reference
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import bnjax
+
+SETTINGS = {"float32": (0.0, jnp.float32), "1e4": (1e4, jnp.float32), "bf16": (0.0, jnp.bfloat16)}
+
+
+def assert_is_whole_batch(result, x, dy, where, scale, bias):
+    """Within 1e-5 of the largest value, and for bfloat16 output within its rounding.
+
+    dx in bfloat16 is rounded three times: autodiff adds the gradient through the statistics and
+    that past them in the dtype of x.
+    """
+    y, dx, dscale, dbias, m = jax.tree.map(reference.wide, result)
+    whole = reference.moments(x, where=where)
+    grad = reference.gradient(x, dy, reference.wide(scale), where=where)
+    half_ulp = 2.0**-8 if result[0].dtype == jnp.bfloat16 else 0.0
+    expected = reference.batch_norm(x, scale, bias, where=where)
+    pairs = {
+        "y": (y, expected, 1e-5 + half_ulp),
+        "dx": (dx, grad.x, 1e-5 + 3 * half_ulp),
+        "dscale": (dscale, grad.scale, 1e-5),
+        "dbias": (dbias, grad.bias, 1e-5),
+        "var": (m.var, whole.var, 1e-5),
+    }
+    for name, (ours, theirs, tolerance) in pairs.items():
+        np.testing.assert_array_less(
+            np.abs(ours - theirs), tolerance * np.abs(theirs).max() + 1e-30, err_msg=name
+        )
+    error = np.abs(m.mean + m.remainder - whole.mean) / np.sqrt(whole.var)
+    assert error.max() < 1e-5
+    np.testing.assert_allclose(np.broadcast_to(m.count, whole.count.shape), whole.count, rtol=1e-6)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("case", layouts.cases())
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_every_layout_gives_the_whole_batch(layout, case, setting):
+    x, dy, scale, bias = layouts.batch(*SETTINGS[setting])
+    where = layouts.cases()[case]
+    result = layouts.LAYOUTS[layout](x, dy, where, scale, bias)
+    assert_is_whole_batch(result, x, dy, where, scale, bias)
+
+
+def collectives(compiled):
+    """How often each collective stands in the compiled program."""
+    text = compiled.as_text()
+    names = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter")
+    return {
+        name: len(found)
+        for name in names
+        if (found := re.findall(rf"= [^=]*\b{name}(?:-start)?\(", text))
+    }
+
+
+class Chain(nn.Module):
+    """Dense layers, each with batch normalization."""
+
+    layers: int
+    pivot: str = "batch"
+    axis_name: str | None = None
+    saving: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        block = nn.remat(Block, policy=bnjax.convs_and_dots_saveable) if self.saving else Block
+        for _ in range(self.layers):
+            x = block(self.pivot, self.axis_name)(x)
+        return x
+
+
+class Block(nn.Module):
+    pivot: str
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(x.shape[-1], use_bias=False)(x)
+        norm = bnjax.linen.BatchNorm(False, pivot=self.pivot, axis_name=self.axis_name)
+        return nn.relu(norm(x))
+
+
+def training_step(network, forward_only=False):
+    def step(variables, x):
+        def loss(params):
+            variables_now = {"params": params, "batch_stats": variables["batch_stats"]}
+            y, updates = network.apply(variables_now, x, mutable=["batch_stats"])
+            return jnp.sum(y**2), updates
+
+        if forward_only:
+            return loss(variables["params"])
+        return jax.grad(loss, has_aux=True)(variables["params"])
+
+    return step
+
+
+def compile_sharded(network, mesh, forward_only=False):
+    """The step of `network`, compiled for a batch sharded over the mesh."""
+    x = jnp.ones((2 * mesh.size, 4))
+    variables = jax.eval_shape(network.clone(axis_name=None).init, jax.random.key(0), x)
+    step = training_step(network, forward_only)
+    if network.axis_name is not None:
+        step = jax.shard_map(
+            step, mesh=mesh, in_specs=(P(), P(layouts.AXIS)), out_specs=P(), check_vma=False
+        )
+    sharding = NamedSharding(mesh, P(layouts.AXIS)), NamedSharding(mesh, P())
+    x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding[0])
+    variables = jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding[1]), variables
+    )
+    return jax.jit(step).lower(variables, x).compile()
+
+
+def mesh_of(devices):
+    return Mesh(np.array(devices), (layouts.AXIS,))
+
+
+@pytest.mark.parametrize("axis_name", [None, layouts.AXIS])
+@pytest.mark.parametrize(("pivot", "forward"), [("batch", 2), ("running", 1)])
+def test_all_reduces_of_a_layer(pivot, forward, axis_name):
+    mesh = mesh_of(jax.devices())
+    counts = [
+        collectives(compile_sharded(Chain(layers, pivot, axis_name), mesh, forward_only=True))
+        for layers in (2, 3)
+    ]
+    # The last layer's value is used nowhere but in the loss, which costs one more all-reduce
+    # in plain jit; what one layer adds is the difference.
+    assert counts[1]["all-reduce"] - counts[0]["all-reduce"] == forward
+    assert set(counts[1]) == {"all-reduce"}
+
+
+@pytest.mark.parametrize("axis_name", [None, layouts.AXIS])
+@pytest.mark.parametrize(
+    ("pivot", "saving", "per_layer", "many"),
+    [
+        ("batch", False, 3, 4),
+        ("batch", True, 3, 50),
+        ("running", False, 2, 4),
+        ("running", True, 2, 4),
+    ],
+)
+def test_all_reduces_of_a_step_grow_linearly(pivot, saving, per_layer, many, axis_name):
+    mesh = mesh_of(jax.devices())
+    one, two, last = (
+        collectives(compile_sharded(Chain(layers, pivot, axis_name, saving), mesh))
+        for layers in (1, 2, many)
+    )
+    # Two forward (or one) and one backward, in which plain jit adds up the parameters' gradients
+    # too. A rematerialized block repeats none of them in the backward pass.
+    assert two["all-reduce"] - one["all-reduce"] == per_layer
+    # In a deep network XLA joins a few of them.
+    assert last["all-reduce"] - one["all-reduce"] <= (many - 1) * per_layer
+    assert set(one) == set(two) == set(last) == {"all-reduce"}
+
+
+SCALE = """
+import sys
+sys.path.insert(0, {tests!r})
+import jax, layouts, test_devices
+for devices in (8, 64, 256):
+    mesh = test_devices.mesh_of(jax.devices()[:devices])
+    compiled = test_devices.compile_sharded(test_devices.Chain(3, "batch", {axis_name!r}), mesh)
+    print(test_devices.reduced_numbers(compiled), test_devices.collectives(compiled))
+"""
+
+
+def reduced_numbers(compiled):
+    """How many numbers each device puts into all-reduces."""
+    shapes = re.findall(r"= \(?([^=]*?)\)? all-reduce(?:-start)?\(", compiled.as_text())
+    sizes = re.findall(r"\w+\[([\d,]*)\]", " ".join(shapes))
+    return sum(int(np.prod([int(n) for n in size.split(",") if n])) for size in sizes)
+
+
+@pytest.mark.parametrize("axis_name", [None, layouts.AXIS])
+def test_a_device_sends_as_much_among_256_as_among_8(axis_name):
+    code = SCALE.format(tests=str(Path(__file__).parent), axis_name=axis_name)
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=256"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    eight, sixty_four, all_devices = done.stdout.splitlines()
+    assert eight == sixty_four == all_devices
+    assert int(eight.split()[0]) >= 3 * 2 * 4  # at least mean and variance of 4 features, 3 layers
+
+
+def moments_of(transform, groups=None, axis_name=layouts.AXIS):
+    x, *_ = layouts.batch(ratio=1e4)
+    parts = x.reshape(layouts.DEVICES, -1, x.shape[-1])
+    measure = functools.partial(bnjax.moments, axis_name=axis_name, axis_index_groups=groups)
+    return parts, transform(measure, axis_name=layouts.AXIS)(parts)
+
+
+@pytest.mark.parametrize("groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 7], [1, 6], [2, 5], [3, 4]]])
+def test_groups_have_statistics_of_their_own(groups):
+    parts, m = moments_of(jax.pmap, groups)
+    for group in groups:
+        whole = reference.moments(np.concatenate([parts[i] for i in group]))
+        for i in group:
+            error = reference.wide(m.mean[i]) + reference.wide(m.remainder[i]) - whole.mean
+            assert np.abs(error).max() < 1e-6
+            np.testing.assert_allclose(m.var[i], whole.var.astype(float), rtol=2e-6)
+            assert float(m.count[i]) == whole.count[0]
+
+
+def test_a_second_mesh_axis_makes_groups():
+    x, *_ = layouts.batch(ratio=1e4)
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("group", "member"))
+    measure = functools.partial(bnjax.moments, axis_name="member")
+    f = jax.shard_map(
+        lambda x: jax.tree.map(lambda a: a[None], measure(x)),
+        mesh=mesh,
+        in_specs=P(("group", "member")),
+        out_specs=P("group"),
+    )
+    m = jax.jit(f)(x)
+    for i, half in enumerate(np.split(np.asarray(x), 2)):
+        np.testing.assert_allclose(m.var[i], reference.moments(half).var.astype(float), rtol=2e-6)
+
+
+def test_several_axes_are_one():
+    x, *_ = layouts.batch(ratio=1e4)
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
+    measure = functools.partial(bnjax.moments, axis_name=("a", "b"))
+    m = jax.shard_map(measure, mesh=mesh, in_specs=P(("a", "b")), out_specs=P())(x)
+    np.testing.assert_allclose(m.var, reference.moments(x).var.astype(float), rtol=2e-6)
+    assert m.count == len(x)
+
+
+def test_a_misspelled_axis_is_an_error():
+    with pytest.raises(
+        NameError, match=r"^axis_name is 'replica', but no such axis is mapped here"
+    ):
+        moments_of(jax.pmap, axis_name="replica")
+
+
+def test_features_sharded_over_an_explicit_mesh():
+    """Parameters and statistics are replicated, the input's features are not."""
+    x, _, scale, bias = layouts.batch(features=8)
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
+    layer = bnjax.linen.BatchNorm(False, momentum=0.0)
+
+    def step(x, scale, bias):
+        variables = {
+            "params": {"scale": scale, "bias": bias},
+            "batch_stats": {"mean": jnp.zeros(8), "var": jnp.ones(8)},
+        }
+        return layer.apply(variables, x, mutable=["batch_stats"])
+
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, P(None, "model")))
+        y, updates = jax.jit(step)(sharded, scale, bias)
+    np.testing.assert_allclose(y, reference.batch_norm(x, scale, bias).astype(float), atol=1e-5)
+    var = updates["batch_stats"]["var"]
+    np.testing.assert_allclose(var, reference.moments(x).var.astype(float), rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("of_x", "of_features"),
+    [(P("a"), P()), (P("a", "b"), P()), (P("a", None, None, "b"), P("b"))],
+    ids=["batch", "batch and height", "features"],
+)
+def test_images_sharded_by(of_x, of_features, masked, axis_type):
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, 8, 4, 6, 16)).astype(np.float32)
+    x = x + 100
+    scale, bias = rng.standard_normal((2, 16)).astype(np.float32)
+    where = rng.random((8, 4, 1, 1)) < 0.7 if masked else None
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
+    specs = of_x, of_x, P(*of_x[:2]) if masked else None, of_features, of_features
+    with jax.set_mesh(mesh):
+        shardings = [None if s is None else NamedSharding(mesh, s) for s in specs]
+        args = jax.tree.map(jax.device_put, [x, dy, where, scale, bias], shardings)
+        compiled = jax.jit(layouts.step).lower(*args).compile()
+        result = jax.jit(layouts.step)(*args)
+    whole = [a.reshape(-1, 16) for a in (x, dy)]
+    where = np.broadcast_to(where, (8, 4, 6, 1)).reshape(-1, 1) if masked else None
+    flat = *(np.asarray(a).reshape(-1, 16) for a in result[:2]), *result[2:]
+    assert_is_whole_batch(flat, *whole, where, scale, bias)
+    assert set(collectives(compiled)) == {"all-reduce"}

@@ -1,0 +1,380 @@
+"""The linen and the NNX layer: the same numbers bit for bit, the same errors and warnings."""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+from flax.errors import ScopeParamShapeError
+from test_linen import covering, normal
+
+import bnjax.linen
+import bnjax.nnx
+
+
+def variables_of(*features, dtype="float32"):
+    """Parameters and statistics of no particular values."""
+    values = np.arange(1.0, 1 + np.prod(features)).reshape(features)
+    return {
+        "params": {
+            "scale": jnp.asarray(values, "float32"),
+            "bias": jnp.asarray(-values, "float32"),
+        },
+        "batch_stats": {
+            "mean": jnp.asarray(values / 2, dtype),
+            "var": jnp.asarray(3 * values, jnp.finfo(dtype).dtype),
+        },
+    }
+
+
+def linen(variables, **fields):
+    """The layer with these variables, to be called; and what statistics it has by then."""
+    layer = bnjax.linen.BatchNorm(**fields).bind(variables, mutable=["batch_stats"])
+    return layer, lambda: dict(layer.variables["batch_stats"])
+
+
+def of_nnx(variables, **fields):
+    features = variables["batch_stats"]["mean"].shape
+    layer = bnjax.nnx.BatchNorm(features, **fields, rngs=nnx.Rngs(0))
+    for name, value in variables["batch_stats"].items():
+        setattr(layer, name, nnx.BatchStat(value))
+    for name, value in variables["params"].items():
+        if getattr(layer, name) is not None:
+            setattr(layer, name, nnx.Param(value))
+    return layer, lambda: {"mean": layer.mean[...], "var": layer.var[...]}
+
+
+both_layers = pytest.mark.parametrize("make", [linen, of_nnx])
+
+
+# Equal variables, equal bits.
+
+
+def run(make, variables, x, dy, mask, *, evaluates, compiled=True, **fields):
+    """One call on two replicas: output, statistics after it, gradients by params and x."""
+
+    @functools.partial(jax.vmap, in_axes=(None, 0, 0, None if mask is None else 0), axis_name="i")
+    def call(variables, x, dy, mask):
+        def output(params, x):
+            layer, stats = make({**variables, "params": params}, **fields)
+            return layer(x, use_running_average=evaluates, mask=mask), stats()
+
+        y, pull_back, stats = jax.vjp(output, variables["params"], x, has_aux=True)
+        return y, stats, pull_back(dy.astype(y.dtype))
+
+    return (jax.jit(call) if compiled else call)(variables, x, dy, mask)
+
+
+def assert_same_bits(a, b):
+    chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
+
+
+@pytest.mark.parametrize(
+    "row",
+    covering(
+        x_dtype=["float32", "bfloat16", "float16", "complex64"],
+        mask=[None, "mask", "features", "weights"],
+        evaluates=[False, True],
+        compiled=[True, False],
+        axis=[-1, 1, (0, 2)],
+        dtype=[None, "float32", "bfloat16"],
+        pivot=["batch", "running"],
+        axis_name=[None, "i"],
+        use_bias=[True, False],
+        use_scale=[True, False],
+        momentum=[0.99, 0.0],
+        epsilon=[1e-5, 1e-2],
+    ),
+)
+def test_equal_variables_give_equal_bits(row):
+    fields = dict(row)
+    x_dtype, mask = fields.pop("x_dtype"), fields.pop("mask")
+    x, dy = normal(1, (2, 6, 4, 3)), normal(2, (2, 6, 4, 3))
+    if x_dtype == "complex64":
+        x = jax.lax.complex(x, normal(3, x.shape))
+        fields["dtype"] = fields["dtype"] and "complex64"
+    features = {-1: (3,), 1: (4,), (0, 2): (6, 3)}[fields["axis"]]
+    mask = {
+        None: None,
+        "mask": jax.random.bernoulli(jax.random.key(4), 0.7, (2, 6, 4, 1)),
+        "features": jax.random.bernoulli(jax.random.key(4), 0.7, (2, 1, 1, 3)),
+        "weights": jax.random.uniform(jax.random.key(4), (2, 6, 1, 3)).at[0, :2].set(0),
+    }[mask]
+    kept = x_dtype if x_dtype == "complex64" else "float32"
+    variables = variables_of(*features, dtype=kept)
+    results = [
+        run(make, variables, x.astype(x_dtype), dy, mask, **fields) for make in (linen, of_nnx)
+    ]
+    assert_same_bits(*results)
+    chex.assert_tree_all_finite(results)
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_16_bit_input_and_parameters_differ_in_the_last_cast_alone(evaluates):
+    """As in flax: the float32 statistics have a say in the dtype of NNX's output."""
+    x, dy = normal(1, (2, 16, 3), jnp.bfloat16), normal(2, (2, 16, 3))
+    variables = variables_of(3)
+    variables["params"] = jax.tree.map(lambda p: p.astype(jnp.bfloat16), variables["params"])
+    (a, stats, _), (b, same_stats, _) = (
+        run(make, variables, x, dy, None, evaluates=evaluates, param_dtype=jnp.bfloat16)
+        for make in (linen, of_nnx)
+    )
+    assert (a.dtype, b.dtype) == (jnp.bfloat16, jnp.float32)
+    assert_same_bits((a, stats), (b.astype(jnp.bfloat16), same_stats))
+
+
+# Equal errors.
+
+
+ERRORS = {
+    "axis above": (
+        {"axis": 2},
+        (4, 3),
+        None,
+        "feature_axis (a layer's axis) is 2, but x has shape (4, 3). Choose from -2 to 1.",
+    ),
+    "axis below": (
+        {"axis": (-3, 1)},
+        (4, 3),
+        None,
+        "feature_axis (a layer's axis) is (-3, 1), but x has shape (4, 3). Choose from -2 to 1.",
+    ),
+    "axis named twice": (
+        {"axis": (1, -1)},
+        (4, 3),
+        None,
+        "feature_axis (a layer's axis) is (1, -1), but that names an axis of x twice. "
+        "Name each axis once.",
+    ),
+    "scalar input": (
+        {},
+        (),
+        None,
+        "feature_axis (a layer's axis) is -1, but x has shape (). Give x a feature axis.",
+    ),
+    "epsilon of zero": (
+        {"epsilon": 0.0},
+        (4, 3),
+        None,
+        "epsilon is 0.0, but it keeps the variance away from zero. "
+        "Choose a positive number, such as 1e-5.",
+    ),
+    "negative epsilon": (
+        {"epsilon": -1e-5},
+        (4, 3),
+        None,
+        "epsilon is -1e-05, but it keeps the variance away from zero. "
+        "Choose a positive number, such as 1e-5.",
+    ),
+    "momentum above": (
+        {"momentum": 1.1},
+        (4, 3),
+        None,
+        "momentum is 1.1, but it is the share of the running statistics that is kept. "
+        "Choose a number from 0 to 1.",
+    ),
+    "momentum below": (
+        {"momentum": -0.1},
+        (4, 3),
+        None,
+        "momentum is -0.1, but it is the share of the running statistics that is kept. "
+        "Choose a number from 0 to 1.",
+    ),
+    "pivot": ({"pivot": "mean"}, (4, 3), None, "pivot is 'mean'. Choose 'batch' or 'running'."),
+    "mask of another shape": (
+        {},
+        (4, 3),
+        np.ones((5, 3), bool),
+        "where (a layer's mask) has shape (5, 3) and x has shape (4, 3): they do not broadcast. "
+        "Give a mask that broadcasts to x as in NumPy.",
+    ),
+    "mask without the feature axis": (
+        {},
+        (2, 4, 3),
+        np.ones((2, 4), bool),
+        "where (a layer's mask) has shape (2, 4) and x has shape (2, 4, 3): they do not "
+        "broadcast. Write mask[..., None].",
+    ),
+    "mask without the feature axis, channels first": (
+        {"axis": 1},
+        (2, 3, 5),
+        np.ones((2, 5), bool),
+        "where (a layer's mask) has shape (2, 5) and x has shape (2, 3, 5): they do not "
+        "broadcast. Write mask.reshape((2, 1, 5)).",
+    ),
+    "ambiguous mask": (
+        {},
+        (3, 3),
+        np.ones(3, bool),
+        "where (a layer's mask) has shape (3,) and x has shape (3, 3): examples or features could "
+        "be meant. For a mask of the examples write mask[..., None], of the last axes "
+        "mask.reshape((1, 3)).",
+    ),
+    "complex mask": (
+        {},
+        (4, 3),
+        np.ones((4, 1), np.complex64),
+        "where (a layer's mask) has dtype complex64. "
+        "Give booleans or integers as a mask, or floats >= 0 as sample weights.",
+    ),
+    "negative weights": (
+        {},
+        (4, 3),
+        np.array([[1.0], [-2.0], [0.5], [0.0]], np.float32),
+        "where (a layer's mask) holds the negative weight -2.0. "
+        "Sample weights must not be negative: clip them at 0.",
+    ),
+    "empty batch": (
+        {},
+        (0, 3),
+        None,
+        "x has shape (0, 3), so there is no value to measure. Leave empty batches out.",
+    ),
+    "statistics of other features": (
+        {"use_bias": False, "use_scale": False},
+        (4, 2),
+        None,
+        "running.mean has shape (3,), but the features of x have shape (2,). "
+        "Give one value for each feature.",
+    ),
+}
+
+
+@both_layers
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_input_is_refused_and_the_state_stays(case, make):
+    fields, shape, mask, message = ERRORS[case]
+    layer, stats = make(variables_of(3), **fields)
+    before = stats()
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        layer(jnp.ones(shape), use_running_average=False, mask=mask)
+    assert_same_bits(stats(), before)
+
+
+@both_layers
+@pytest.mark.parametrize("case", ["axis above", "scalar input", "epsilon of zero", "pivot"])
+def test_settings_are_refused_in_evaluation_too(case, make):
+    fields, shape, _, message = ERRORS[case]
+    layer, _ = make(variables_of(3), **fields)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        layer(jnp.ones(shape), use_running_average=True)
+
+
+@both_layers
+@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("name", ["mean", "var"])
+def test_loaded_statistics_of_another_shape_are_refused(name, evaluates, make):
+    variables = variables_of(3)
+    variables["batch_stats"][name] = jnp.ones(2)
+    layer, stats = make(variables)
+    before = stats()
+    said = name if evaluates else f"running.{name}"
+    message = (
+        f"{said} has shape (2,), but the features of x have shape (3,). "
+        "Give one value for each feature."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        layer(normal(1, (4, 3)), use_running_average=evaluates)
+    assert_same_bits(stats(), before)
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("name", ["scale", "bias"])
+def test_loaded_parameters_of_another_shape_are_refused(name, evaluates):
+    """Linen checks them itself, with an error of its own."""
+    variables = variables_of(3)
+    variables["params"][name] = jnp.ones(2)
+    linens = (
+        f'For parameter "{name}" in "/", the given initializer is expected to generate shape '
+        "(3,), but the existing parameter it received has shape (2,)."
+    )
+    ours = (
+        f"{name} has shape (2,), but x has shape (4, 3) and features of shape (3,). "
+        "Give one value for each feature, or an array of x's rank that broadcasts to x."
+    )
+    for make, error, message in (
+        (linen, ScopeParamShapeError, f"^{re.escape(linens)}"),
+        (of_nnx, ValueError, f"^{re.escape(ours)}$"),
+    ):
+        layer, stats = make(variables)
+        before = stats()
+        with pytest.raises(error, match=message):
+            layer(normal(1, (4, 3)), use_running_average=evaluates)
+        assert_same_bits(stats(), before)
+
+
+@both_layers
+def test_complex_input_does_not_fit_real_statistics(make):
+    layer, stats = make(variables_of(3))
+    before = stats()
+    message = (
+        "running.mean is float32, which cannot hold a mean of complex input. "
+        "Initialize the running statistics with complex input."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        layer(jnp.ones((4, 3), jnp.complex64), use_running_average=False)
+    assert_same_bits(stats(), before)
+
+
+@both_layers
+@pytest.mark.parametrize("axis_name", ["rows", ("i", "rows")])
+def test_an_unknown_axis_name_is_an_error_in_training_alone(axis_name, make):
+    layer, stats = make(variables_of(3), axis_name=axis_name)
+    before = stats()
+    with pytest.raises(NameError) as from_jax:
+        jax.lax.psum(jnp.ones(3), axis_name)
+    message = (
+        f"axis_name is {axis_name!r}, but no such axis is mapped here ({from_jax.value}). "
+        "Call this under jax.pmap, jax.shard_map or jax.vmap with that axis name, or "
+        "leave axis_name out: plain jit over sharded arrays needs none."
+    )
+    x = normal(1, (4, 3))
+    with pytest.raises(NameError, match=f"^{re.escape(message)}$"):
+        layer(x, use_running_average=False)
+    assert_same_bits(stats(), before)
+    plain, _ = make(variables_of(3))
+    assert_same_bits(layer(x, use_running_average=True), plain(x, use_running_average=True))
+
+
+# Equal warnings.
+
+
+@both_layers
+@pytest.mark.parametrize("shape", [(1, 3), (1, 1, 1, 3)])
+def test_one_value_per_feature_gives_the_bias_and_a_warning(shape, make):
+    variables = variables_of(3)
+    layer, stats = make(variables, momentum=0.5)
+    message = (
+        f"x has shape {shape}, one value per feature, so the output is the bias. "
+        "Train with more examples, or pass use_running_average=True."
+    )
+    x = normal(1, shape)
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$") as caught:
+        y = layer(x, use_running_average=False)
+    assert len(caught) == 1
+    np.testing.assert_array_equal(y.reshape(3), variables["params"]["bias"])
+    old = variables["batch_stats"]
+    np.testing.assert_allclose(stats()["mean"], (old["mean"] + x.reshape(3)) / 2, rtol=1e-6)
+    np.testing.assert_array_equal(stats()["var"], old["var"] / 2)
+
+
+@both_layers
+def test_one_value_per_feature_is_no_matter_in_evaluation_or_over_replicas(make):
+    variables = variables_of(3)
+    layer, _ = make(variables)
+    x = normal(1, (1, 3))
+    y = layer(x, use_running_average=True)
+    right = reference.normalize(x, **variables["batch_stats"], **variables["params"])
+    np.testing.assert_allclose(y, right.astype(float), rtol=1e-5)
+    xs = normal(2, (8, 1, 3))
+    y, *_ = run(make, variables, xs, xs, None, evaluates=False, axis_name="i")
+    m = reference.moments(xs)
+    right = reference.normalize(xs, m.mean, m.var, **variables["params"])
+    np.testing.assert_allclose(y, right.astype(float), atol=1e-5)

@@ -1,0 +1,624 @@
+"""`bnjax.linen.BatchNorm` is a drop-in for flax's layer; where the two differ, it is right."""
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import random
+
+import chex
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import reference
+from jax import lax
+
+import bnjax.linen
+
+KEY = jax.random.key(0)
+NORMAL, UNIFORM = nn.initializers.normal(1.0), nn.initializers.uniform(2.0)
+BOTH = (bnjax.linen.BatchNorm, nn.BatchNorm)
+
+
+def covering(**fields):
+    """Rows of field values such that any two values of two fields meet in a row."""
+    draw, covered = random.Random(0), []
+    choices = [range(len(values)) for values in fields.values()]
+
+    def pairs(row):
+        return set(itertools.combinations(enumerate(row), 2))
+
+    missing = {
+        pair
+        for (i, a), (j, b) in itertools.combinations(enumerate(choices), 2)
+        for pair in itertools.product([(i, k) for k in a], [(j, k) for k in b])
+    }
+    while missing:
+        rows = [[draw.choice(c) for c in choices] for _ in range(30)]
+        for row in rows:
+            for field, value in min(missing):
+                row[field] = value
+        best = max(rows, key=lambda row: len(missing & pairs(row)))
+        missing -= pairs(best)
+        covered.append({name: fields[name][k] for name, k in zip(fields, best, strict=True)})
+    return covered
+
+
+def assert_close(ours, theirs, *, summed=False):
+    """Same tree, dtypes and shapes; to 1e-5 of the largest value, and to 16 bits' last place.
+
+    That is each value's own last place, or the largest value's for `summed`: sums of rounded terms.
+    """
+    chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        last_place = float(jnp.finfo(b.dtype).eps) if b.dtype.itemsize == 2 else 0
+        wide = np.complex128 if jnp.iscomplexobj(b) else np.float64
+        a, b = np.asarray(a).astype(wide), np.asarray(b).astype(wide)
+        atol = (1e-5 + last_place * summed) * np.max(np.abs(b))
+        np.testing.assert_allclose(a, b, rtol=last_place, atol=atol)
+
+
+def normal(seed, shape, dtype=jnp.float32):
+    """Well-scaled data, whose mean is not zero."""
+    return (2 * jax.random.normal(jax.random.key(seed), shape) + 1).astype(dtype)
+
+
+def train(layer, variables, x, dy, **call):
+    """A training step: output, statistics after it, gradients of sum(y dy) by params and x."""
+
+    @jax.jit
+    def step(variables, x, dy):
+        def output(params, x):
+            new = {**variables, "params": params}
+            y, updates = layer.apply(new, x, **call, mutable=["batch_stats"])
+            return y, updates["batch_stats"]
+
+        y, pull_back, stats = jax.vjp(output, variables.get("params", {}), x, has_aux=True)
+        return y, stats, *pull_back(dy.astype(y.dtype))
+
+    return step(variables, x, dy)
+
+
+def as_given(layer, given, value):
+    """The layer and its call, with use_running_average given to one of them."""
+    if given == "constructor":
+        return layer.clone(use_running_average=value), {}
+    return layer, {"use_running_average": value}
+
+
+# The layer as a drop-in.
+
+
+def test_fields_defaults_and_call_are_flaxs():
+    ours, theirs = (
+        {f.name: f.default for f in dataclasses.fields(layer) if f.name not in ("parent", "name")}
+        for layer in BOTH
+    )
+    assert ours.pop("pivot") == "batch"
+    assert list(ours.items()) == list(theirs.items())
+    ours, theirs = (inspect.signature(layer.__call__).parameters.values() for layer in BOTH)
+    assert [(p.name, p.default, p.kind) for p in ours] == [
+        (p.name, p.default, p.kind) for p in theirs
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    covering(
+        x_dtype=[jnp.float32, jnp.bfloat16, jnp.float16],
+        given=["constructor", "call"],
+        axis=[-1, 1, -3, (1, 2), (-1, 1)],
+        momentum=[0.9, 0.99, 0.0, 1.0],
+        epsilon=[1e-5, 1e-2],
+        dtype=[None, jnp.float32, jnp.bfloat16, jnp.float16],
+        param_dtype=[jnp.float32, jnp.bfloat16, jnp.float16],
+        use_bias=[True, False],
+        use_scale=[True, False],
+        bias_init=[NORMAL, nn.initializers.zeros],
+        scale_init=[UNIFORM, nn.initializers.ones],
+        axis_name=[None, "replicas", ("replicas",)],
+        use_fast_variance=[True, False],
+    ),
+)
+def test_agrees_with_flax_over_100_steps(row):
+    """Two replicas train; each layer keeps its own statistics, and starts from the other's."""
+    fields = dict(row)
+    x_dtype, given = fields.pop("x_dtype"), fields.pop("given")
+    ours, theirs = (layer(**fields) for layer in BOTH)
+    xs, dys = normal(1, (100, 2, 8, 4, 6), x_dtype), normal(2, (100, 2, 8, 4, 6))
+    with jax.numpy_dtype_promotion("standard"):
+        mine, flaxs = (
+            jax.jit(functools.partial(layer.init, use_running_average=False))(KEY, xs[0, 0])
+            for layer in (ours, theirs)
+        )
+    chex.assert_trees_all_equal(mine, flaxs, strict=True)
+
+    @functools.partial(jax.vmap, axis_name="replicas")
+    def step(carry, batch):
+        params, our_stats, their_stats = carry
+        layer, call = as_given(ours, given, False)
+        a = train(layer, {"params": params, "batch_stats": our_stats}, *batch, **call)
+        with jax.numpy_dtype_promotion("standard"):
+            layer, call = as_given(theirs, given, False)
+            b = train(layer, {"params": params, "batch_stats": their_stats}, *batch, **call)
+            params = jax.tree.map(lambda p, g: (p - 0.01 * g).astype(p.dtype), params, b[2])
+        return (params, a[1], b[1]), (a, b)
+
+    @jax.jit
+    def run(params, our_stats, their_stats):
+        carry, outputs = lax.scan(step, (params, our_stats, their_stats), (xs, dys))
+        params, *both_stats = carry
+        evaluations = []
+        for stats in both_stats:
+            for first in (ours, theirs):
+                layer, call = as_given(first, given, True)
+                apply = jax.vmap(functools.partial(layer.apply, **call))
+                with jax.numpy_dtype_promotion("standard"):
+                    y = apply({"params": params, "batch_stats": stats}, xs[0])
+                evaluations.append(y)
+        return outputs, evaluations
+
+    start = (flaxs.get("params", {}), flaxs["batch_stats"], mine["batch_stats"])
+    start = jax.tree.map(lambda p: jnp.stack([p, p]), start)
+    (a, b), evaluations = run(*start)
+    assert_close(a[:3], b[:3])
+    assert_close(a[3], b[3], summed=True)  # the terms through x and through its moments
+    assert_close(evaluations[0::2], evaluations[1::2])
+
+
+class Network(nn.Module):
+    """Two hidden layers, normalized by `layer`, which is trained or evaluated as a whole."""
+
+    layer: type
+
+    @nn.compact
+    def __call__(self, x, train):
+        for width in (16, 16):
+            x = nn.Dense(width, use_bias=False)(x)
+            x = nn.relu(self.layer(use_running_average=not train, momentum=0.9)(x))
+        return nn.Dense(1)(x)
+
+
+def test_a_network_trains_as_with_flax():
+    x = normal(1, (64, 4))
+    target = jnp.sin(x.sum(1, keepdims=True))
+
+    def run(layer):
+        model = Network(layer)
+
+        def loss(params, stats):
+            variables = {"params": params, "batch_stats": stats}
+            y, updates = model.apply(variables, x, True, mutable=["batch_stats"])
+            return jnp.mean((y - target) ** 2), updates["batch_stats"]
+
+        def step(variables, _):
+            params, stats = variables["params"], variables["batch_stats"]
+            (value, stats), slope = jax.value_and_grad(loss, has_aux=True)(params, stats)
+            params = jax.tree.map(lambda p, g: p - 0.1 * g, params, slope)
+            return {"params": params, "batch_stats": stats}, value
+
+        variables, losses = lax.scan(step, model.init(KEY, x, True), None, 100)
+        return variables, losses, model.apply(variables, x, False)
+
+    ours, theirs = (jax.jit(run, static_argnums=0)(layer) for layer in BOTH)
+    assert ours[1][-1] < 0.2 * ours[1][0]
+    assert_close(ours, theirs)
+
+
+def test_groups_of_replicas_as_flax():
+    x, dy = normal(1, (4, 8, 3)), normal(2, (4, 8, 3))
+    groups = [[0, 2], [1, 3]]
+
+    def run(layer):
+        layer = layer(axis_name="i", axis_index_groups=groups, use_running_average=False)
+        variables = layer.init(KEY, x[0])
+        return jax.pmap(functools.partial(train, layer, variables), axis_name="i")(x, dy)
+
+    ours, theirs = map(run, BOTH)
+    assert_close(ours, theirs)
+    stats = ours[1]
+    np.testing.assert_array_equal(stats["mean"][0], stats["mean"][2])
+    assert jnp.all(stats["mean"][0] != stats["mean"][1])
+
+
+def test_without_float32_reductions_the_state_still_is_float32():
+    """The documented exception: flax then keeps 16-bit statistics. Ours are the right ones."""
+    x = normal(1, (64, 3), jnp.bfloat16)
+    layer = bnjax.linen.BatchNorm(
+        param_dtype=jnp.bfloat16, force_float32_reductions=False, use_running_average=False
+    )
+    y, variables = layer.init_with_output(KEY, x)
+    assert y.dtype == jnp.bfloat16
+    _, stats, *_ = train(layer, variables, x, y)
+    m = reference.moments(np.asarray(x, np.float64))
+    np.testing.assert_allclose(stats["mean"], 0.01 * m.mean, rtol=1e-6)
+    np.testing.assert_allclose(stats["var"], 0.99 + 0.01 * m.var, rtol=1e-6)
+    assert {s.dtype for s in stats.values()} == {jnp.dtype(jnp.float32)}
+
+
+def test_float32_without_float32_reductions_as_flax():
+    x, dy = normal(1, (64, 3)), normal(2, (64, 3))
+    ours, theirs = (
+        layer(force_float32_reductions=False, use_running_average=False) for layer in BOTH
+    )
+    variables = ours.init(KEY, x)
+    chex.assert_trees_all_equal(variables, theirs.init(KEY, x), strict=True)
+    assert_close(train(ours, variables, x, dy), train(theirs, variables, x, dy))
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "dtype"),
+    [(np.int8, None), (np.uint32, jnp.bfloat16), (bool, None), (np.complex64, None)],
+)
+def test_numpy_input_of_any_dtype_as_flax(x_dtype, dtype):
+    x = np.asarray(jax.random.randint(KEY, (16, 3), 0, 5)).astype(x_dtype)
+    if x_dtype == np.complex64:
+        x = x * np.complex64(1 + 2j) + x[::-1] ** 2
+
+    def run(layer):
+        layer = layer(dtype=dtype, use_running_average=False)
+        variables = layer.init(KEY, x)
+        return layer.apply(variables, x, mutable=["batch_stats"])
+
+    with jax.numpy_dtype_promotion("standard"):
+        theirs = run(nn.BatchNorm)
+    ours = run(bnjax.linen.BatchNorm)
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("layer", BOTH)
+@pytest.mark.parametrize("way", ["state dict", "bytes", "orbax"])
+def test_variables_of_either_layer_survive_a_round_trip_into_ours(way, layer, tmp_path):
+    x = normal(1, (16, 3))
+    layer = layer(bias_init=NORMAL, scale_init=UNIFORM, use_running_average=False)
+    variables = layer.init(KEY, x)
+    variables |= layer.apply(variables, x, mutable=["batch_stats"])[1]
+    blank = bnjax.linen.BatchNorm(use_running_average=False).init(jax.random.key(9), x)
+    if way == "state dict":
+        state = flax.serialization.to_state_dict(variables)
+        restored = flax.serialization.from_state_dict(blank, state)
+    elif way == "bytes":
+        restored = flax.serialization.from_bytes(blank, flax.serialization.to_bytes(variables))
+    else:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "step", variables)
+            checkpointer.wait_until_finished()
+            restored = checkpointer.restore(tmp_path / "step", blank)
+    chex.assert_trees_all_equal(restored, variables, strict=True)
+
+
+# Initialization, evaluation, and calls in between.
+
+
+class Twice(nn.Module):
+    """One layer, called twice in a step."""
+
+    layer: type
+
+    @nn.compact
+    def __call__(self, a, b):
+        norm = self.layer(use_running_average=False, momentum=0.9)
+        return norm(a), norm(b)
+
+
+def test_initialization_leaves_the_statistics_alone():
+    """Also with `axis_name`, which need not be mapped, and a batch of one, without a warning."""
+    layer = bnjax.linen.BatchNorm(axis_name="replicas", use_running_average=False)
+    stats = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
+    for x in (normal(1, (8, 3)), normal(1, (1, 3))):
+        y, variables = layer.init_with_output(KEY, x)
+        chex.assert_trees_all_equal(variables["batch_stats"], stats, strict=True)
+        m = reference.moments(x)
+        np.testing.assert_allclose(y, reference.normalize(x, m.mean, m.var), atol=1e-6)
+    variables = Twice(bnjax.linen.BatchNorm).init(KEY, normal(1, (8, 3)), normal(2, (8, 3)))
+    chex.assert_trees_all_equal(variables["batch_stats"]["BatchNorm_0"], stats, strict=True)
+
+
+def test_initialization_ignores_the_running_pivot():
+    x = normal(1, (8, 3)) + 1e4
+    y, _ = bnjax.linen.BatchNorm(pivot="running").init_with_output(
+        KEY, x, use_running_average=False
+    )
+    m = reference.moments(x)
+    np.testing.assert_allclose(y, reference.normalize(x, m.mean, m.var), atol=2e-6)
+
+
+@pytest.mark.parametrize("way", ["eval_shape", "jit", "lazy"])
+def test_abstract_and_compiled_initialization(way):
+    x = normal(1, (8, 3), jnp.bfloat16)
+    layer = bnjax.linen.BatchNorm(use_running_average=False, bias_init=NORMAL, axis_name="i")
+    eager = layer.init(KEY, x)
+    if way == "eval_shape":
+        variables = jax.eval_shape(layer.init, KEY, x)
+        chex.assert_trees_all_equal_shapes_and_dtypes(variables, eager)
+    else:
+        variables = (
+            jax.jit(layer.init)(KEY, x)
+            if way == "jit"
+            else layer.lazy_init(KEY, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        )
+        chex.assert_trees_all_close(variables, eager, rtol=1e-6)
+        chex.assert_trees_all_equal_shapes_and_dtypes(variables, eager)
+
+
+def test_called_twice_in_a_step_it_updates_twice():
+    a, b = normal(1, (8, 3)), 3 * normal(2, (16, 3))
+    outputs, updates = zip(
+        *(
+            model.apply(model.init(KEY, a, b), a, b, mutable=["batch_stats"])
+            for model in map(Twice, BOTH)
+        ),
+        strict=True,
+    )
+    assert_close(outputs[0], outputs[1])
+    assert_close(updates[0], updates[1])
+    first, second = reference.moments(a), reference.moments(b)
+    stats = updates[0]["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(stats["mean"], 0.09 * first.mean + 0.1 * second.mean, rtol=1e-5)
+    var = 0.81 + 0.09 * first.var + 0.1 * second.var
+    np.testing.assert_allclose(stats["var"], var, rtol=1e-6)
+
+
+def test_training_normalizes_with_the_batch_and_not_with_what_it_remembers():
+    x = normal(1, (64, 3))
+    layer = bnjax.linen.BatchNorm(momentum=0.5, use_running_average=False)
+    stats = {"mean": jnp.full(3, 5.0), "var": jnp.full(3, 7.0)}
+    variables = {**layer.init(KEY, x), "batch_stats": stats}
+    y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+    m = reference.moments(x)
+    np.testing.assert_allclose(y, reference.normalize(x, m.mean, m.var), atol=2e-6)
+    np.testing.assert_allclose(updates["batch_stats"]["mean"], 2.5 + m.mean / 2, rtol=1e-6)
+    np.testing.assert_allclose(updates["batch_stats"]["var"], 3.5 + m.var / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
+def test_evaluation_needs_no_mapped_axis_and_nothing_mutable(x_dtype):
+    x = normal(1, (64, 3), x_dtype)
+    layer = bnjax.linen.BatchNorm(axis_name="replicas", epsilon=1e-3, dtype=x_dtype)
+    params = {"scale": jnp.array([1.0, -2.0, 0.5]), "bias": jnp.array([0.0, 1.0, 3.0])}
+    stats = {"mean": jnp.array([1.0, 0.0, 1003.0]), "var": jnp.array([4.0, 1.0, 0.25])}
+    variables = {"params": params, "batch_stats": stats}
+    y = layer.apply(variables, x, use_running_average=True)
+    assert y.dtype == x_dtype
+    right = reference.normalize(np.asarray(x, np.float64), **stats, **params, epsilon=1e-3)
+    rtol = max(float(jnp.finfo(x_dtype).eps), 1e-6)
+    np.testing.assert_allclose(np.asarray(y, np.float64), right, rtol=rtol, atol=1e-6)
+    _, updates = layer.apply(variables, x, use_running_average=True, mutable=["batch_stats"])
+    chex.assert_trees_all_equal(updates, {"batch_stats": stats}, strict=True)
+
+
+def test_forgotten_mutable_and_misplaced_use_running_average_have_flaxs_errors():
+    x = normal(1, (8, 3))
+
+    def errors(layer):
+        variables = layer(use_running_average=True).init(KEY, x)
+        calls = [({}, False), ({"use_running_average": True}, True), ({}, None)]
+        for fields, use_running_average in calls:
+            bound = layer(**fields).bind(variables)
+            with pytest.raises((flax.errors.ModifyScopeVariableError, ValueError)) as caught:
+                bound(x, use_running_average=use_running_average)
+            chex.assert_trees_all_equal(bound.variables, variables, strict=True)
+            yield str(caught.value)
+
+    ours, theirs = map(list, map(errors, BOTH))
+    assert ours == theirs
+    assert 'collection "batch_stats" is immutable' in ours[0]
+
+
+# Flax's transforms.
+
+
+def test_partitioning_metadata_survives():
+    x, dy = normal(1, (8, 3)), normal(2, (8, 3))
+
+    def run(layer):
+        layer = layer(
+            scale_init=nn.with_partitioning(UNIFORM, ("model",)),
+            bias_init=nn.with_partitioning(NORMAL, ("model",)),
+            use_running_average=False,
+        )
+        variables = layer.init(KEY, x)
+        return variables, train(layer, variables, x, dy), train(layer, nn.unbox(variables), x, dy)
+
+    (ours, *our_steps), (theirs, *their_steps) = map(run, BOTH)
+    chex.assert_trees_all_equal(ours, theirs, strict=True)
+    assert ours["params"]["scale"].names == ("model",)
+    assert our_steps[0][2]["scale"].names == ("model",)
+    assert_close(our_steps, their_steps)
+
+
+class Cell(nn.Module):
+    """One step of `nn.scan`: the carried value or the new one goes through the layer."""
+
+    layer: type
+    carries: bool
+
+    @nn.compact
+    def __call__(self, carry, x):
+        norm = self.layer(use_running_average=False, bias_init=NORMAL, scale_init=UNIFORM)
+        return (jnp.tanh(norm(carry)), None) if self.carries else (carry, norm(x))
+
+
+EACH = {"params": 0, "batch_stats": 0}
+SHARED = {"params": None, "batch_stats": None}
+TRANSFORMS = {
+    "jit": lambda layer: nn.jit(layer)(use_running_average=False),
+    "remat": lambda layer: nn.remat(layer)(use_running_average=False),
+    "vmap, a layer each": lambda layer: nn.vmap(
+        layer, variable_axes=EACH, split_rngs={"params": True}
+    )(use_running_average=False, bias_init=NORMAL),
+    "vmap, statistics each": lambda layer: nn.vmap(
+        layer, variable_axes={**EACH, "params": None}, split_rngs={"params": False}
+    )(use_running_average=False, bias_init=NORMAL),
+    "vmap, one layer": lambda layer: nn.vmap(
+        layer, variable_axes=SHARED, split_rngs={"params": False}, axis_name="i"
+    )(use_running_average=False, bias_init=NORMAL, axis_name="i"),
+}
+
+
+def assert_trains_as_with_flax(build, before=lambda x: (x,), after=lambda out: out, start=None):
+    """The model that `build` makes of either layer: variables, a step, and its gradients."""
+    x, dy = normal(1, (4, 8, 3)), normal(2, (4, 8, 3))
+
+    def run(layer):
+        model = build(layer)
+        variables = start(layer, x) if start else model.init(KEY, *before(x))
+
+        def output(params, x):
+            new = {**variables, "params": params}
+            out, updates = model.apply(new, *before(x), mutable=["batch_stats"])
+            return after(out), updates
+
+        y, pull_back, updates = jax.vjp(output, variables["params"], x, has_aux=True)
+        return variables, y, updates, pull_back(dy)
+
+    ours, theirs = (jax.jit(run, static_argnums=0)(layer) for layer in BOTH)
+    chex.assert_trees_all_equal(ours[0], theirs[0], strict=True)
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_flaxs_transforms(transform):
+    assert_trains_as_with_flax(TRANSFORMS[transform])
+
+
+def test_scan_over_layers():
+    scan = nn.scan(nn.remat(Cell), variable_axes=EACH, split_rngs={"params": True}, length=3)
+    assert_trains_as_with_flax(
+        lambda layer: scan(layer, carries=True), lambda x: (x, None), lambda out: out[0]
+    )
+
+
+def test_scan_over_time():
+    """The statistics are carried, so they must be there from the start."""
+    shared = {"variable_broadcast": "params", "variable_carry": "batch_stats"}
+    scan = nn.scan(Cell, **shared, split_rngs={"params": False})
+    assert_trains_as_with_flax(
+        lambda layer: scan(layer, carries=False),
+        lambda x: (None, x),
+        lambda out: out[1],
+        start=lambda layer, x: Cell(layer, carries=False).init(KEY, None, x[0]),
+    )
+
+
+# Masks and state.
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((6, 5, 3), bool), ((6, 5, 1), np.int32), ((6, 1, 1), bool), ((5, 1), bool), ((5, 3), bool)],
+)
+def test_masks_as_flax(shape, dtype):
+    x, dy = normal(1, (6, 5, 3)), normal(2, (6, 5, 3))
+    mask = jax.random.bernoulli(KEY, 0.7, shape).astype(dtype)
+    ours, theirs = (layer(use_running_average=False) for layer in BOTH)
+    variables = ours.init(KEY, x, mask=mask)
+    step = functools.partial(train, variables=variables, x=x, dy=dy, mask=mask)
+    assert_close(step(ours), step(theirs))
+
+
+def test_a_feature_mask_and_a_batch_of_one_are_masks_as_any():
+    layer = bnjax.linen.BatchNorm(use_running_average=False, momentum=0.9)
+    x, dy = normal(1, (6, 5, 3)), normal(2, (6, 5, 3))
+    variables = layer.init(KEY, x)
+    start = variables["batch_stats"]
+    _, unmasked, *_ = train(layer, variables, x, dy)
+    for mask in (jnp.array([True, False, True]), jnp.array([[[True, False, True]]])):
+        y, stats, *_ = train(layer, variables, x, dy, mask=mask)
+        for name in ("mean", "var"):
+            kept = jnp.where(mask.ravel(), unmasked[name], start[name])
+            np.testing.assert_allclose(stats[name], kept, rtol=1e-6)
+        assert jnp.all(jnp.isfinite(y))
+    unmasked = train(layer, variables, x[:1], dy[:1])
+    for mask in (jnp.ones((1, 5, 1), bool), jnp.array(True)):
+        assert_close(train(layer, variables, x[:1], dy[:1], mask=mask), unmasked)
+
+
+@pytest.mark.parametrize("mask", [jnp.zeros((8, 1), bool), jnp.zeros((8, 1)), jnp.array(False)])
+def test_an_all_masked_batch_leaves_the_state_untouched(mask):
+    x = normal(1, (8, 3)).at[2].set(jnp.nan)
+    layer = bnjax.linen.BatchNorm(use_running_average=False, momentum=0.0)
+    variables = layer.init(KEY, x)
+    variables["batch_stats"] = {"mean": jnp.array([1.0, 2, 3]), "var": jnp.array([4.0, 5, 6])}
+    y, stats, *gradients = train(layer, variables, x, normal(2, x.shape), mask=mask)
+    chex.assert_trees_all_equal(stats, variables["batch_stats"], strict=True)
+    chex.assert_tree_all_finite((y, gradients))
+
+
+WIDTHS = {"bfloat16": "float32", "float16": "float32", "complex64": "complex64"}
+
+
+@pytest.mark.parametrize("x_dtype", ["float32", "float64", "bfloat16", "float16", "complex64"])
+def test_state_keeps_its_dtype_over_100_steps(x_dtype):
+    with jax.enable_x64(True):
+        xs = normal(1, (100, 16, 3), jnp.float64)
+        if x_dtype == "complex64":
+            xs = lax.complex(xs, normal(2, xs.shape, jnp.float64))
+        xs = xs.astype(x_dtype)
+        layer = bnjax.linen.BatchNorm(momentum=0.9, use_running_average=False)
+        variables = jax.jit(layer.init)(KEY, xs[0])
+        stats = variables["batch_stats"]
+        width = WIDTHS.get(x_dtype, x_dtype)
+        assert stats["mean"].dtype == width
+        assert stats["var"].dtype == width.replace("complex64", "float32")
+
+        def step(stats, x):
+            _, updates = layer.apply(
+                {**variables, "batch_stats": stats}, x, mutable=["batch_stats"]
+            )
+            return updates["batch_stats"], None
+
+        stats, _ = jax.jit(lambda stats, xs: lax.scan(step, stats, xs))(stats, xs)
+        mean, var = 0, 1
+        for x in np.asarray(xs).astype(np.complex128 if x_dtype == "complex64" else float):
+            m = reference.moments(x)
+            mean, var = 0.9 * mean + 0.1 * m.mean, 0.9 * var + 0.1 * m.var
+        rtol = 1e-13 if x_dtype == "float64" else 1e-6
+        np.testing.assert_allclose(stats["mean"], mean, rtol=rtol)
+        np.testing.assert_allclose(stats["var"], var, rtol=rtol)
+
+
+@pytest.mark.parametrize("kept", ["bfloat16", "float16", "float32", "float64"])
+def test_loaded_state_keeps_its_dtype_whatever_comes_in(kept):
+    with jax.enable_x64(True):
+        layer = bnjax.linen.BatchNorm(use_running_average=False)
+        stats = {"mean": jnp.zeros(3, kept), "var": jnp.ones(3, kept)}
+        for x_dtype in ("bfloat16", "float16", "float32", "float64", "int32"):
+            x = jnp.ones((4, 3), x_dtype)
+            variables = jax.eval_shape(layer.init, KEY, x) | {"batch_stats": stats}
+            train = functools.partial(layer.apply, mutable=["batch_stats"])
+            _, updates = jax.eval_shape(train, variables, x)
+            chex.assert_trees_all_equal_shapes_and_dtypes(updates["batch_stats"], stats)
+
+
+def test_the_running_pivot_agrees_with_the_batchs_once_the_running_mean_is_near():
+    xs = normal(1, (100, 32, 3)) + jnp.array([[[0.0, 10.0, 100.0]]])
+    layer = bnjax.linen.BatchNorm(momentum=0.9, use_running_average=False, bias_init=NORMAL)
+    variables = layer.init(KEY, xs[0])
+
+    def step(stats, x):
+        _, stats, *_ = train(layer, {**variables, "batch_stats": stats}, x, x)
+        return stats, None
+
+    variables["batch_stats"], _ = lax.scan(step, variables["batch_stats"], xs)
+    dy = normal(2, xs[0].shape)
+    batch, running = (
+        train(layer.clone(pivot=pivot), variables, xs[-1], dy) for pivot in ("batch", "running")
+    )
+    assert_close(running, batch)
+    m = reference.moments(xs[-1])
+    right = reference.normalize(xs[-1], m.mean, m.var, bias=variables["params"]["bias"])
+    np.testing.assert_allclose(running[0], right, atol=3e-6)
+
+
+def test_an_empty_batch_initializes_and_does_not_train():
+    layer, empty = bnjax.linen.BatchNorm(use_running_average=False), jnp.zeros((0, 3))
+    y, variables = layer.init_with_output(jax.random.key(0), empty)
+    assert y.shape == (0, 3)
+    assert variables["batch_stats"]["mean"].shape == (3,)
+    with pytest.raises(ValueError, match="no value to measure"):
+        layer.apply(variables, empty, mutable=["batch_stats"])

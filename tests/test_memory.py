@@ -1,0 +1,183 @@
+"""What is kept between forward and backward, and what the backward pass computes again."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from implementations import IMPLEMENTATIONS
+from jax import lax
+
+import bnjax
+
+FEATURES = 8
+VECTORS = 16 * FEATURES * 4  # bytes of sixteen float32 vectors of the features: "O(features)"
+every_implementation = pytest.mark.parametrize(
+    "step", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys()
+)
+every_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+
+
+def normal(shape, dtype, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def kept(f, *inputs):
+    """Bytes of the distinct buffers that the backward pass of f holds on to."""
+    _, backward = jax.vjp(f, *inputs)
+    buffers = {a.unsafe_buffer_pointer(): a.nbytes for a in jax.tree.leaves(backward)}
+    return sum(buffers.values())
+
+
+def layer(step, where=None):
+    ones = jnp.ones(FEATURES)
+    return lambda x: step(x, ones, ones, where=where).y
+
+
+@every_dtype
+@pytest.mark.parametrize("jit", [False, True])
+@every_implementation
+def test_a_layer_keeps_its_input_and_vectors(step, jit, dtype):
+    x = normal((64, 16, FEATURES), dtype)
+    f = jax.jit(layer(step)) if jit else layer(step)
+    assert x.nbytes <= kept(f, x) <= x.nbytes + VECTORS
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(64, 1, 1), (64, 16, 1), (64, 16, FEATURES)], ids=str)
+@every_implementation
+def test_a_layer_keeps_a_mask_as_narrow_as_it_came(step, shape, dtype):
+    x, where = normal((64, 16, FEATURES), dtype), normal(shape, jnp.float32, 1) > 0
+
+    def f(x, where):
+        return layer(step, where)(x)
+
+    assert kept(jax.jit(f), x, where) <= x.nbytes + where.nbytes + VECTORS
+
+
+@every_dtype
+@every_implementation
+def test_a_relu_after_it_keeps_no_more_under_the_policy(step, dtype):
+    x = normal((64, 16, FEATURES), dtype)
+
+    @functools.partial(jax.checkpoint, policy=bnjax.convs_and_dots_saveable)
+    def f(x):
+        return jax.nn.relu(layer(step)(x))
+
+    assert kept(jax.jit(f), x) <= x.nbytes + VECTORS
+
+
+def conv(x, kernel):
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def block(step, x, kernels, scale, bias):
+    h = conv(x, kernels[0])
+    h = jax.nn.relu(step(h, scale, bias, dtype=h.dtype).y)
+    return conv(h, kernels[1])
+
+
+def block_and_inputs(step, policy, dtype=jnp.float32):
+    """The block, under `jax.checkpoint` if there is a policy, with its input and parameters."""
+    f = functools.partial(block, step)
+    x = normal((8, 16, 16, FEATURES), dtype)
+    kernels = normal((2, 3, 3, FEATURES, FEATURES), dtype, 1)
+    inputs = x, (kernels[0], kernels[1]), jnp.ones(FEATURES), jnp.ones(FEATURES)
+    return jax.checkpoint(f, policy=policy) if policy else f, inputs
+
+
+@every_dtype
+@every_implementation
+def test_a_block_keeps_its_input_and_the_outputs_of_convolutions(step, dtype):
+    f, inputs = block_and_inputs(step, bnjax.convs_and_dots_saveable, dtype)
+    x, kernels, _, _ = inputs
+    full_size = 3 * x.nbytes  # the input and two convolutions' outputs
+    parameters = sum(a.nbytes for a in kernels)
+    assert kept(jax.jit(f), *inputs) <= full_size + parameters + VECTORS
+
+
+POLICIES = {
+    "plain": None,
+    "ours": bnjax.convs_and_dots_saveable,
+    "the tag alone": jax.checkpoint_policies.save_only_these_names(bnjax.MOMENTS_NAME),
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def gradient(step, policy, depth=1):
+    """The gradient of a chain of blocks, and its inputs."""
+    f, inputs = block_and_inputs(step, POLICIES[policy])
+
+    def loss(x, *parameters):
+        for _ in range(depth):
+            x = f(x, *parameters)
+        return jnp.sum(jnp.sin(x))
+
+    return jax.grad(loss, tuple(range(len(inputs)))), inputs
+
+
+def count(jaxpr, primitive):
+    """How often a primitive is applied to an array with a batch, in a program and its parts."""
+    total = 0
+    for equation in jaxpr.eqns:
+        is_full = any(v.aval.ndim == 4 for v in equation.invars)
+        total += is_full and equation.primitive.name == primitive
+        for part in jax.tree.leaves(list(equation.params.values())):
+            part = getattr(part, "jaxpr", part)
+            total += count(part, primitive) if hasattr(part, "eqns") else 0
+    return total
+
+
+@every_implementation
+def test_the_backward_pass_repeats_no_reduction_over_the_batch(step):
+    """Nor, under our policy, a convolution. Without the tag it would repeat the reductions."""
+
+    def counts(policy):
+        f, inputs = gradient(step, policy)
+        jaxpr = jax.make_jaxpr(f)(*inputs).jaxpr
+        return count(jaxpr, "reduce_sum"), count(jaxpr, "conv_general_dilated")
+
+    reductions, convolutions = counts("plain")
+    assert counts("ours") == (reductions, convolutions)
+    assert counts("the tag alone") == (reductions, convolutions + 1)
+    assert counts("nothing")[0] > reductions
+
+
+@pytest.mark.parametrize("policy", ["plain", "ours"])
+@pytest.mark.parametrize(("pivot", "forward"), [("batch", 3), ("running", 2)])
+@every_implementation
+def test_the_compiled_program_makes_few_reductions(step, pivot, forward, policy):
+    """Forward the pivot (unless the running mean is it), the mean and the variance; back two."""
+    f, inputs = gradient(functools.partial(step, pivot=pivot), policy)
+    program = jax.jit(f).lower(*inputs).compile().as_text()
+    assert len(re.findall(r" reduce\(", program)) == forward + 2
+
+
+@every_implementation
+def test_compiled_blocks_hold_two_arrays_each(step):
+    """The convolutions' outputs; beside them one or two arrays that are being worked on.
+
+    Before JAX 0.12 XLA's CPU backend merges what is recomputed with what is kept: there no
+    policy frees anything, and ours must not cost.
+    """
+    depth = 4
+
+    def temporaries(policy):
+        f, inputs = gradient(step, policy, depth)
+        memory = jax.jit(f).lower(*inputs).compile().memory_analysis()
+        return memory.temp_size_in_bytes / inputs[0].nbytes
+
+    plain = temporaries("plain")
+    frees = temporaries("nothing") < 0.9 * plain
+    assert temporaries("ours") <= (2 * depth + 2 if frees else plain)
+    assert frees or jax.__version_info__ < (0, 12)
+
+
+def test_the_tag_has_its_public_name():
+    jaxpr = jax.make_jaxpr(bnjax.moments)(jnp.ones((4, 2)))
+    assert bnjax.MOMENTS_NAME == "bnjax_moments"
+    assert f"name={bnjax.MOMENTS_NAME}" in str(jaxpr)

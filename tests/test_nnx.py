@@ -1,0 +1,604 @@
+"""`bnjax.nnx.BatchNorm` is a drop-in for flax's layer; where the two differ, it is right."""
+
+import functools
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import reference
+from flax import nnx
+from jax import lax
+from test_linen import assert_close, covering, normal
+
+import bnjax.nnx
+
+BOTH = (bnjax.nnx.BatchNorm, nnx.BatchNorm)
+NORMAL, UNIFORM = nnx.initializers.normal(1.0), nnx.initializers.uniform(2.0)
+FLAXS_FIELDS = inspect.signature(
+    nnx.BatchNorm.__init__
+).parameters  # newer versions have more of them
+
+
+def make(layer, num_features=3, seed=0, **fields):
+    return layer(num_features, rngs=nnx.Rngs(seed), **fields)
+
+
+def snapshot(layer):
+    """A copy of the state, which `nnx.state` is not: it holds the layer's own variables."""
+    return jax.tree.map(jnp.copy, nnx.state(layer))
+
+
+def assert_same_state(a, b):
+    """The same variables of the same types, with the same metadata, dtypes and values."""
+    chex.assert_trees_all_equal(nnx.state(a), nnx.state(b), strict=True)
+
+
+def step(layer, x, dy, **call):
+    """A training step: output, and gradients of sum(y dy) by params and x."""
+
+    def loss(layer, x):
+        y = layer(x, **call)
+        return jnp.sum(y.astype(jnp.float32) * dy), y
+
+    gradients, y = nnx.grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
+    return y, gradients
+
+
+# The layer as a drop-in.
+
+
+def test_constructor_and_call_are_flaxs():
+    ours = inspect.signature(bnjax.nnx.BatchNorm.__init__).parameters
+    assert list(ours)[-1] == "pivot"
+    assert [name for name in ours if name in FLAXS_FIELDS] == list(FLAXS_FIELDS)
+    for name, theirs in FLAXS_FIELDS.items():
+        assert (ours[name].kind, ours[name].default) == (theirs.kind, theirs.default)
+    ours, theirs = (inspect.signature(layer.__call__).parameters.values() for layer in BOTH)
+    assert [(p.name, p.kind, p.default) for p in ours] == [
+        (p.name, p.kind, p.default) for p in theirs
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    covering(
+        x_dtype=[jnp.float32, jnp.bfloat16, jnp.float16],
+        given=["mode", "call"],
+        axis=[-1, 1, -3],
+        momentum=[0.9, 0.0, 1.0],
+        epsilon=[1e-5, 1e-2],
+        dtype=[None, jnp.float32, jnp.bfloat16, jnp.float16],
+        param_dtype=[jnp.float32, jnp.bfloat16, jnp.float16],
+        use_bias=[True, False],
+        use_scale=[True, False],
+        bias_init=[NORMAL, nnx.initializers.zeros_init()],
+        scale_init=[UNIFORM, nnx.initializers.ones_init()],
+        axis_name=[None, "replicas", ("replicas",)],
+        use_fast_variance=[True, False],
+    ),
+)
+def test_agrees_with_flax_over_100_steps(row):
+    """Two replicas train; each layer keeps its own statistics, and starts from the other's.
+
+    To a 16-bit `dtype` flax rounds inputs and variables before the arithmetic. With dtype
+    float32 it doesn't, and its output, rounded at the end, is the right one.
+    """
+    fields = dict(row)
+    x_dtype, given = fields.pop("x_dtype"), fields.pop("given")
+    xs, dys = normal(1, (100, 2, 8, 4, 6), x_dtype), normal(2, (100, 2, 8, 4, 6))
+    features = xs.shape[2:][fields["axis"]]
+    ours, theirs = (make(layer, features, **fields) for layer in BOTH)
+    assert_same_state(ours, theirs)
+    dtype = fields["dtype"]
+    if dtype in (jnp.bfloat16, jnp.float16):
+        theirs = make(nnx.BatchNorm, features, **{**fields, "dtype": jnp.float32})
+
+    def call(layer, x, use_running_average):
+        if given == "call":
+            layer.use_running_average = not use_running_average
+            return layer(x, use_running_average=use_running_average)
+        layer.eval() if use_running_average else layer.train()
+        return layer(x)
+
+    our_def, params, our_stats = nnx.split(ours, nnx.Param, nnx.BatchStat)
+    their_def, _, their_stats = nnx.split(theirs, nnx.Param, nnx.BatchStat)
+
+    def train(graphdef, params, stats, x, dy):
+        def output(params, stats, x):
+            layer = nnx.merge(graphdef, params, stats)
+            return call(layer, x, False), nnx.state(layer, nnx.BatchStat)
+
+        y, pull_back, stats = jax.vjp(output, params, stats, x, has_aux=True)
+        d_params, _, dx = pull_back(dy.astype(dtype or jnp.float32).astype(y.dtype))
+        return y, stats, d_params, dx
+
+    @functools.partial(jax.vmap, axis_name="replicas")
+    def both(carry, batch):
+        params, our_stats, their_stats = carry
+        a = train(our_def, params, our_stats, *batch)
+        with jax.numpy_dtype_promotion("standard"):
+            b = train(their_def, params, their_stats, *batch)
+            params = jax.tree.map(lambda p, g: (p - 0.01 * g).astype(p.dtype), params, b[2])
+        return (params, a[1], b[1]), (a, b)
+
+    @jax.vmap
+    def evaluate(params, our_stats, their_stats, x):
+        with jax.numpy_dtype_promotion("standard"):
+            return [
+                [
+                    call(nnx.merge(graphdef, params, stats), x, True)
+                    for stats in (our_stats, their_stats)
+                ]
+                for graphdef in (our_def, their_def)
+            ]
+
+    @jax.jit
+    def run(params, our_stats, their_stats):
+        carry, outputs = lax.scan(both, (params, our_stats, their_stats), (xs, dys))
+        return outputs, evaluate(*carry, xs[0])
+
+    start = jax.tree.map(lambda p: jnp.stack([p, p]), (params, their_stats, our_stats))
+    (a, b), (our_y, their_y) = run(*start)
+    if dtype or "promote_dtype" in FLAXS_FIELDS:  # before, statistics had no say in the dtype
+        expected = jnp.dtype(dtype or b[0].dtype)
+        assert {y.dtype for y in (a[0], *our_y)} == {expected}
+    narrow = dtype or b[0].dtype
+    ours, theirs = jax.tree.map(lambda y: y.astype(narrow), ((a[0], our_y), (b[0], their_y)))
+    assert_close(ours, theirs)
+    assert_close(a[1:3], b[1:3])
+    assert_close(a[3], b[3], summed=True)  # the terms through x and through its moments
+
+
+def test_16_bit_training_as_flax_where_its_rounding_loses_nothing():
+    x = jnp.round(normal(1, (64, 3)) * 16) / 16
+    ours, theirs = (make(layer, dtype=jnp.bfloat16) for layer in BOTH)
+    with jax.numpy_dtype_promotion("standard"):
+        their_y = theirs(x)
+    assert_close(ours(x), their_y)
+    assert_close(nnx.state(ours), nnx.state(theirs))
+
+
+class Network(nnx.Module):
+    """Two hidden layers, normalized by `layer`."""
+
+    def __init__(self, layer, rngs):
+        self.a = nnx.Linear(4, 16, use_bias=False, rngs=rngs)
+        self.norm_a = layer(16, momentum=0.9, rngs=rngs)
+        self.b = nnx.Linear(16, 16, use_bias=False, rngs=rngs)
+        self.norm_b = layer(16, momentum=0.9, use_bias=False, rngs=rngs)
+        self.c = nnx.Linear(16, 1, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm_a(self.a(x)))
+        return self.c(nnx.relu(self.norm_b(self.b(x))))
+
+
+def test_a_network_trains_as_with_flax():
+    """From the same seed, with `nnx.jit`, `nnx.value_and_grad`, `train()` and `eval()`."""
+    x = normal(1, (64, 4))
+    target = jnp.sin(x.sum(1, keepdims=True))
+
+    @nnx.jit
+    def train(model):
+        def loss(model):
+            return jnp.mean((model(x) - target) ** 2)
+
+        value, slope = nnx.value_and_grad(loss)(model)
+        params = nnx.state(model, nnx.Param)
+        nnx.update(model, jax.tree.map(lambda p, g: p - 0.1 * g, params, slope))
+        return value
+
+    def run(layer):
+        model = Network(layer, nnx.Rngs(0))
+        model.train()
+        losses = [train(model) for _ in range(100)]
+        model.eval()
+        trained = nnx.state(model)
+        return trained, losses, nnx.jit(lambda model: model(x))(model)
+
+    ours, theirs = map(run, BOTH)
+    assert ours[1][-1] < 0.2 * ours[1][0]
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_bias": False}, {"use_scale": False}])
+def test_variables_and_their_types_are_flaxs_and_load_both_ways(fields):
+    fields |= {"bias_init": NORMAL, "scale_init": UNIFORM, "param_dtype": jnp.bfloat16}
+    x = normal(1, (8, 3))
+    ours, theirs = (make(layer, **fields) for layer in BOTH)
+    assert_same_state(ours, theirs)
+    for variable in (nnx.Param, nnx.BatchStat):
+        chex.assert_trees_all_equal(
+            nnx.state(ours, variable), nnx.state(theirs, variable), strict=True
+        )
+    with jax.numpy_dtype_promotion("standard"):
+        theirs(x)
+    fresh = make(bnjax.nnx.BatchNorm, seed=1, **fields)
+    nnx.update(fresh, nnx.state(theirs))
+    assert_same_state(fresh, theirs)
+    fresh(x)
+    nnx.update(theirs, nnx.state(fresh))
+    assert_same_state(theirs, fresh)
+    fresh.eval()
+    theirs.eval()
+    with jax.numpy_dtype_promotion("standard"):
+        assert_close(fresh(x), theirs(x))
+
+
+def test_a_layer_after_it_gets_the_same_keys_as_after_flaxs():
+    for fields in ({}, {"use_bias": False}, {"use_scale": False, "use_bias": False}):
+        keys = []
+        for layer in BOTH:
+            rngs = nnx.Rngs(0)
+            layer(3, rngs=rngs, **fields)
+            keys.append(jax.random.key_data(rngs.params()))
+        np.testing.assert_array_equal(*keys)
+
+
+def test_metadata_of_the_parameters():
+    metadata = {"bias_metadata": {"decay": False}, "scale_metadata": {"decay": True}}
+    ours = make(bnjax.nnx.BatchNorm, **metadata)
+    assert ours.bias.decay is False
+    assert ours.scale.decay is True
+    if "bias_metadata" in FLAXS_FIELDS:
+        assert_same_state(ours, make(nnx.BatchNorm, **metadata))
+    ours, theirs = (make(layer, bias_init=nnx.with_metadata(NORMAL, decay=False)) for layer in BOTH)
+    assert ours.bias.decay is False
+    assert_same_state(ours, theirs)
+
+
+def test_promote_dtype_decides_the_outputs_dtype_as_in_flax():
+    """And no more: the arithmetic is as without it."""
+
+    def to_bfloat16(inputs, *, dtype):
+        assert [p is None for p in inputs] == [False, False, False, True, False]
+        assert dtype is None
+        return tuple(p if p is None else p.astype(jnp.bfloat16) for p in inputs)
+
+    x = jnp.round(normal(1, (64, 3)) * 16) / 16
+    ours = make(bnjax.nnx.BatchNorm, use_scale=False, promote_dtype=to_bfloat16)
+    y = ours(x)
+    assert y.dtype == jnp.bfloat16
+    m = reference.moments(x)
+    right = reference.normalize(x, m.mean, m.var)
+    np.testing.assert_allclose(y.astype(jnp.float32), right, rtol=2**-8, atol=1e-6)
+    np.testing.assert_allclose(ours.var[...], 0.99 + 0.01 * m.var, rtol=1e-6)
+    if "promote_dtype" in FLAXS_FIELDS:
+        theirs = make(nnx.BatchNorm, use_scale=False, promote_dtype=to_bfloat16)
+        with jax.numpy_dtype_promotion("standard"):
+            assert_close(y, theirs(x))
+
+
+# Where flax rounds to `dtype` before the arithmetic.
+
+
+def test_evaluation_subtracts_before_it_rounds():
+    """(1003 - 1001) / 1 is 2; in bfloat16, 1003 and 1001 are 1004 and 1000."""
+    layer = make(bnjax.nnx.BatchNorm, 1, dtype=jnp.bfloat16, epsilon=1e-6)
+    layer.mean[...] = jnp.array([1001.0])
+    layer.eval()
+    y = layer(jnp.array([[1003.0], [1001.0], [1000.0]]))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y.astype(jnp.float32), [[2.0], [0.0], [-1.0]])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_16_bit_dtype_rounds_once_at_the_end(dtype, evaluates):
+    x = normal(1, (256, 3)) + 1000
+    layer = make(bnjax.nnx.BatchNorm, dtype=dtype, bias_init=NORMAL, scale_init=UNIFORM)
+    layer.mean[...], layer.var[...] = jnp.full(3, 1001.0), jnp.full(3, 3.9)
+    m = reference.moments(x)
+    if evaluates:
+        m = reference.Reference(layer.mean[...], layer.var[...], 0)
+    y = layer(x, use_running_average=evaluates)
+    right = reference.normalize(x, m.mean, m.var, layer.scale[...], layer.bias[...])
+    assert y.dtype == dtype
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(y.astype(jnp.float32), right.astype(float), rtol=eps, atol=1e-6)
+
+
+# Modes, calls and state.
+
+
+def test_train_and_eval_set_the_mode_and_the_call_comes_first():
+    x = normal(1, (8, 3))
+    layer = make(bnjax.nnx.BatchNorm, use_running_average=True)
+    evaluated, start = layer(x), snapshot(layer)
+    np.testing.assert_allclose(evaluated, x / np.sqrt(1 + 1e-5), rtol=1e-6)
+    layer.train()
+    np.testing.assert_array_equal(layer(x, use_running_average=True), evaluated)
+    chex.assert_trees_all_equal(nnx.state(layer), start, strict=True)
+    trained = layer(x)
+    m = reference.moments(x)
+    np.testing.assert_allclose(trained, reference.normalize(x, m.mean, m.var), atol=2e-6)
+    np.testing.assert_allclose(layer.mean[...], 0.01 * m.mean, rtol=1e-6)
+    np.testing.assert_allclose(layer.var[...], 0.99 + 0.01 * m.var, rtol=1e-6)
+    layer.eval()
+    np.testing.assert_array_equal(layer(x, use_running_average=False), trained)
+    np.testing.assert_allclose(layer.mean[...], 0.0199 * m.mean, rtol=1e-6)
+    mean, var = layer.mean[...], layer.var[...]
+    np.testing.assert_allclose(layer(x), reference.normalize(x, mean, var), atol=2e-6)
+
+
+def test_without_a_mode_it_says_what_to_do():
+    layer = make(bnjax.nnx.BatchNorm, use_running_average=None)
+    start = snapshot(layer)
+    with pytest.raises(ValueError, match="use_running_average") as caught:
+        layer(normal(1, (8, 3)))
+    assert str(caught.value) == (
+        "use_running_average is None, in the constructor and in the call. "
+        "Call model.train() or model.eval(), or pass True or False."
+    )
+    chex.assert_trees_all_equal(nnx.state(layer), start, strict=True)
+
+
+def test_called_twice_in_a_step_it_updates_twice():
+    a, b = normal(1, (8, 3)), 3 * normal(2, (16, 3))
+    layers = [make(layer, momentum=0.9) for layer in BOTH]
+    ours, theirs = ([layer(a), layer(b)] for layer in layers)
+    assert_close(ours, theirs)
+    assert_close(*map(nnx.state, layers))
+    first, second = reference.moments(a), reference.moments(b)
+    mean = 0.09 * first.mean + 0.1 * second.mean
+    np.testing.assert_allclose(layers[0].mean[...], mean, rtol=1e-5)
+
+
+def test_statistics_are_constants_to_what_comes_after():
+    """What a second call reads of a first one's update has no gradient, as in newer flax."""
+    x, dy = normal(1, (8, 3)), normal(2, (8, 3))
+    layer = make(bnjax.nnx.BatchNorm, momentum=0.0)
+
+    def train_then_evaluate(layer, x):
+        layer(x)
+        return jnp.sum(layer(x, use_running_average=True) * dy)
+
+    gradient = nnx.grad(train_then_evaluate, argnums=1)(layer, x)
+    sigma = np.sqrt(reference.moments(x).var + 1e-5)
+    np.testing.assert_allclose(gradient, np.asarray(dy, float) / sigma.astype(float), rtol=1e-5)
+
+
+def test_variables_that_are_references_train_under_plain_grad():
+    """A reference cannot take a value that is differentiated."""
+    x, dy = normal(1, (8, 3)), normal(2, (8, 3))
+    references = nnx.use_refs if hasattr(nnx, "use_refs") else lambda on: nnx.var_defaults(ref=on)
+    plain = make(bnjax.nnx.BatchNorm)
+    expected = nnx.grad(lambda layer, x: jnp.sum(layer(x) * dy), argnums=1)(plain, x)
+    with references(True):
+        layer = make(bnjax.nnx.BatchNorm)
+        gradient = jax.grad(lambda x: jnp.sum(layer(x) * dy))(x)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layer.mean[...], plain.mean[...], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mask_shape", [(6, 5, 3), (6, 5, 1), (5, 1)])
+def test_masks_as_flax(mask_shape):
+    x, dy = normal(1, (6, 5, 3)), normal(2, (6, 5, 3))
+    mask = jax.random.bernoulli(jax.random.key(0), 0.7, mask_shape)
+    layers = [make(layer) for layer in BOTH]
+    ours, theirs = (nnx.jit(step)(layer, x, dy, mask=mask) for layer in layers)
+    assert_close(ours, theirs)
+    assert_close(*map(nnx.state, layers))
+
+
+@pytest.mark.parametrize("mask", [jnp.zeros((8, 1), bool), jnp.zeros((8, 1)), jnp.array(False)])
+def test_an_all_masked_batch_leaves_the_state_untouched(mask):
+    x = normal(1, (8, 3)).at[2].set(jnp.nan)
+    layer = make(bnjax.nnx.BatchNorm, momentum=0.0)
+    layer.mean[...], layer.var[...] = jnp.array([1.0, 2, 3]), jnp.array([4.0, 5, 6])
+    start = snapshot(layer)
+    results = step(layer, x, normal(2, x.shape), mask=mask)
+    chex.assert_trees_all_equal(nnx.state(layer), start, strict=True)
+    chex.assert_tree_all_finite(results)
+
+
+@pytest.mark.parametrize("x_dtype", ["float32", "float64", "bfloat16", "float16", "complex64"])
+def test_state_keeps_its_dtype_over_100_steps(x_dtype):
+    """It starts as the promotion of `param_dtype` and float32."""
+    with jax.enable_x64(True):
+        xs = normal(1, (100, 16, 3), jnp.float64)
+        if x_dtype == "complex64":
+            xs = lax.complex(xs, normal(2, xs.shape, jnp.float64))
+        xs = xs.astype(x_dtype)
+        layer = make(bnjax.nnx.BatchNorm, momentum=0.9, param_dtype=x_dtype)
+        width = {"bfloat16": "float32", "float16": "float32"}.get(x_dtype, x_dtype)
+        dtypes = [width, width.replace("complex64", "float32")]
+        assert [layer.mean.dtype, layer.var.dtype] == dtypes
+
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def train(layer, x):
+            layer(x)
+            return layer
+
+        train(layer, xs)
+        assert [layer.mean.dtype, layer.var.dtype] == dtypes
+        mean, var = 0, 1
+        for x in np.asarray(xs).astype(np.complex128 if x_dtype == "complex64" else float):
+            m = reference.moments(x)
+            mean, var = 0.9 * mean + 0.1 * m.mean, 0.9 * var + 0.1 * m.var
+        rtol = 1e-13 if x_dtype == "float64" else 1e-6
+        np.testing.assert_allclose(layer.mean[...], mean, rtol=rtol)
+        np.testing.assert_allclose(layer.var[...], var, rtol=rtol)
+
+
+@pytest.mark.parametrize("kept", ["bfloat16", "float16", "float32", "float64"])
+def test_loaded_state_keeps_its_dtype_whatever_comes_in(kept):
+    with jax.enable_x64(True):
+        layer = make(bnjax.nnx.BatchNorm)
+        layer.mean, layer.var = (nnx.BatchStat(jnp.ones(3, kept)) for _ in range(2))
+        for x_dtype in ("bfloat16", "float16", "float32", "float64", "int32"):
+
+            def train(layer, x_dtype=x_dtype):
+                layer(jnp.ones((4, 3), x_dtype))
+                return layer
+
+            new = nnx.eval_shape(train, layer)
+            assert [new.mean.dtype, new.var.dtype] == [kept, kept]
+
+
+def test_the_running_pivot_agrees_with_the_batchs_once_the_running_mean_is_near():
+    xs = normal(1, (100, 32, 3)) + jnp.array([[[0.0, 10.0, 100.0]]])
+    dy = normal(2, xs[0].shape)
+    layer = make(bnjax.nnx.BatchNorm, momentum=0.9, bias_init=NORMAL)
+    train = nnx.jit(lambda layer, x: layer(x))
+    for x in xs:
+        train(layer, x)
+    other = make(bnjax.nnx.BatchNorm, momentum=0.9, pivot="running")
+    nnx.update(other, nnx.state(layer))
+    batch, running = (nnx.jit(step)(layer, xs[-1], dy) for layer in (layer, other))
+    assert_close(running, batch)
+    assert_close(nnx.state(other), nnx.state(layer))
+    m = reference.moments(xs[-1])
+    right = reference.normalize(xs[-1], m.mean, m.var, bias=layer.bias[...])
+    np.testing.assert_allclose(running[0], right, atol=3e-6)
+
+
+# Flax's transforms. Each function takes the class of the layer and data, and returns the
+# layer after the call, the output, and what else it makes.
+
+
+def jitted(layer, x, dy):
+    layer = make(layer, bias_init=NORMAL)
+    return layer, *nnx.jit(step)(layer, x, dy)
+
+
+def value_and_grad(layer, x, dy):
+    layer = make(layer)
+    return layer, *nnx.value_and_grad(lambda layer, x: jnp.sum(layer(x) * dy))(layer, x)
+
+
+def remat(layer, x, dy):
+    layer = make(layer)
+    call = nnx.remat(lambda layer, x: layer(x))
+    return layer, *nnx.value_and_grad(lambda layer: jnp.sum(call(layer, x) * dy))(layer)
+
+
+def vmap_a_layer_each(layer, x, dy):
+    keys = jax.random.split(jax.random.key(0), len(x))
+    layers = nnx.vmap(lambda key: make(layer, seed=key, bias_init=NORMAL))(keys)
+    return layers, *nnx.vmap(step)(layers, x, dy)
+
+
+def vmap_one_layer(layer, x, dy):
+    layer = make(layer, axis_name="i", bias_init=NORMAL)
+    call = nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0), axis_name="i")
+    return layer, *nnx.value_and_grad(lambda layer: jnp.sum(call(layer, x) * dy))(layer)
+
+
+def pmap_one_layer(layer, x, dy):
+    layer = make(layer, axis_name="i", bias_init=NORMAL)
+    call = nnx.pmap(lambda layer, x: layer(x), in_axes=(None, 0), axis_name="i")
+    return layer, call(layer, x)
+
+
+def pmap_groups(layer, x, dy):
+    layers = nnx.vmap(lambda _: make(layer, axis_name="i", axis_index_groups=[[0, 2], [1, 3]]))(
+        jnp.arange(4)
+    )
+    return layers, *nnx.pmap(step, axis_name="i")(layers, x, dy)
+
+
+def scan_over_layers(layer, x, dy):
+    layers = nnx.vmap(lambda key: make(layer, seed=key, bias_init=NORMAL))(
+        jax.random.split(jax.random.key(0), 3)
+    )
+    call = nnx.scan(
+        nnx.remat(lambda x, layer: jnp.tanh(layer(x))),
+        in_axes=(nnx.Carry, 0),
+        out_axes=nnx.Carry,
+    )
+    return layers, *nnx.value_and_grad(lambda layers: jnp.sum(call(x, layers) * dy))(layers)
+
+
+def scan_over_time(layer, x, dy):
+    layer = make(layer, bias_init=NORMAL)
+
+    @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))
+    def train(layer, x, dy):
+        return layer, step(layer, x, dy)
+
+    layer, results = train(layer, x, dy)
+    return layer, *results
+
+
+def split_and_merge(layer, x, dy):
+    graphdef, params, stats = nnx.split(make(layer, bias_init=NORMAL), nnx.Param, ...)
+
+    @jax.jit
+    def pure(params, stats, x):
+        layer = nnx.merge(graphdef, params, stats)
+        return layer(x), nnx.split(layer)
+
+    y, (graphdef, state) = pure(params, stats, x)
+    return nnx.merge(graphdef, state), y
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        jitted,
+        value_and_grad,
+        remat,
+        vmap_a_layer_each,
+        vmap_one_layer,
+        pmap_one_layer,
+        pmap_groups,
+        scan_over_layers,
+        scan_over_time,
+        split_and_merge,
+    ],
+)
+def test_flaxs_transforms(transform):
+    x, dy = normal(1, (4, 8, 3)), normal(2, (4, 8, 3))
+    (ours, *our_results), (theirs, *their_results) = (transform(layer, x, dy) for layer in BOTH)
+    assert_close(our_results, their_results)
+    assert_close(nnx.state(ours), nnx.state(theirs))
+    assert not jnp.any(ours.mean[...] == 0)
+
+
+def test_abstract_initialization():
+    def build():
+        return make(bnjax.nnx.BatchNorm, axis_name="i", param_dtype=jnp.bfloat16)
+
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        nnx.state(nnx.eval_shape(build)), nnx.state(build())
+    )
+
+
+@pytest.mark.skipif(not hasattr(nnx, "view"), reason="this version of flax has no nnx.view")
+def test_a_view_has_a_mode_of_its_own_and_the_same_variables():
+    x = normal(1, (8, 3))
+    layer = make(bnjax.nnx.BatchNorm)
+    evaluating = nnx.view(layer, use_running_average=True)
+    layer(x)
+    assert evaluating.mean is layer.mean
+    np.testing.assert_array_equal(evaluating(x), layer(x, use_running_average=True))
+    assert nnx.view(evaluating).use_running_average is True
+    assert layer.use_running_average is False
+
+
+@pytest.mark.parametrize("saved", BOTH)
+def test_states_of_either_layer_survive_orbax_into_ours(saved, tmp_path):
+    x = normal(1, (16, 3))
+    layer = make(saved, bias_init=NORMAL, scale_init=UNIFORM)
+    layer(x)
+    abstract = nnx.eval_shape(lambda: make(bnjax.nnx.BatchNorm))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "step", nnx.state(layer))
+        checkpointer.wait_until_finished()
+        state = checkpointer.restore(tmp_path / "step", nnx.state(abstract))
+    restored = make(bnjax.nnx.BatchNorm)
+    nnx.update(restored, state)
+    assert_same_state(restored, layer)
+    layer.eval()
+    restored.eval()
+    assert_close(restored(x), layer(x))
+
+
+def test_num_features_may_be_a_numpy_integer():
+    layer = bnjax.nnx.BatchNorm(np.int64(3), rngs=nnx.Rngs(0))
+    assert layer.mean[...].shape == layer.scale[...].shape == (3,)

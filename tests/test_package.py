@@ -1,0 +1,85 @@
+"""What importing the package loads, and what it offers."""
+
+import importlib.resources
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+
+import bnjax
+
+PUBLIC = {
+    "MOMENTS_NAME",
+    "Moments",
+    "affine",
+    "batch_norm",
+    "convs_and_dots_saveable",
+    "ema",
+    "merge",
+    "moments",
+    "normalize",
+    "pmerge",
+}
+
+
+def in_a_fresh_interpreter(code):
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=120)
+
+
+def test_importing_loads_no_flax():
+    in_a_fresh_interpreter(
+        "import sys, bnjax; assert not [m for m in sys.modules if m.split('.')[0] == 'flax']"
+    )
+
+
+@pytest.mark.parametrize("name", ["linen", "nnx"])
+def test_the_layers_load_on_first_use(name):
+    in_a_fresh_interpreter(
+        f"import sys, bnjax; assert 'bnjax.{name}' not in sys.modules; bnjax.{name}.BatchNorm; "
+        f"assert 'bnjax.{name}' in sys.modules; assert 'bnjax.{name}' == bnjax.{name}.__name__"
+    )
+
+
+@pytest.mark.parametrize("name", ["linen", "nnx"])
+def test_each_layer_can_be_imported_by_itself(name):
+    in_a_fresh_interpreter(f"from bnjax.{name} import BatchNorm; import bnjax.{name}")
+
+
+def test_importing_starts_no_backend():
+    """So that devices and distributed runs can still be set up afterwards."""
+    in_a_fresh_interpreter(
+        "import bnjax, bnjax.linen, bnjax.nnx, jax; jax.config.update('jax_num_cpu_devices', 3); "
+        "jax.config.update('jax_platforms', 'cpu'); assert jax.device_count() == 3"
+    )
+
+
+def test_an_unknown_attribute():
+    with pytest.raises(AttributeError) as error:
+        _ = bnjax.linnen
+    assert str(error.value) == "module 'bnjax' has no attribute 'linnen'"
+    assert not hasattr(bnjax, "utils")
+
+
+def test_the_package_is_typed():
+    assert importlib.resources.files(bnjax).joinpath("py.typed").is_file()
+
+
+def test_the_public_names():
+    ours = {
+        name
+        for name, value in vars(bnjax).items()
+        if getattr(value, "__module__", "").startswith("bnjax.")
+    }
+    assert ours | {"MOMENTS_NAME"} == PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC - {"MOMENTS_NAME", "Moments"}))
+def test_every_public_function_has_an_example(name):
+    assert ">>> import bnjax" in inspect.getdoc(getattr(bnjax, name))
+
+
+def test_the_version_is_a_number():
+    assert all(part.isdigit() for part in bnjax.__version__.split("."))
