@@ -10,9 +10,11 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bnjax._drift import drift as drift
+from bnjax._drift import drift_table as drift_table
+from bnjax._ema import ema as ema
 from bnjax._moments import MOMENTS_NAME as MOMENTS_NAME
 from bnjax._moments import Moments as Moments
-from bnjax._moments import ema as ema
 from bnjax._moments import merge as merge
 from bnjax._moments import moments as moments
 from bnjax._moments import pmerge as pmerge
@@ -20,6 +22,9 @@ from bnjax._normalize import affine as affine
 from bnjax._normalize import batch_norm as batch_norm
 from bnjax._normalize import convs_and_dots_saveable as convs_and_dots_saveable
 from bnjax._normalize import normalize as normalize
+from bnjax._recalibrate import recalibrate as recalibrate
+from bnjax._trees import merge_stacked as merge_stacked
+from bnjax._trees import update_stats as update_stats
 
 if TYPE_CHECKING:
     from bnjax import linen as linen

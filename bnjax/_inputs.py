@@ -72,6 +72,15 @@ def check_momentum(momentum: ArrayLike) -> None:
         )
 
 
+def check_ddof(ddof: int) -> None:
+    """Refuses degrees of freedom that are no whole number from 0 on."""
+    if not isinstance(ddof, int) or ddof < 0:
+        raise ValueError(
+            f"ddof is {ddof!r}, but the variance is divided by count - ddof. "
+            "Choose 0, or 1 for the unbiased variance."
+        )
+
+
 def check_affine(name: str, p: Array | None, shape: Shape, features: Shape) -> None:
     """Refuses a scale or bias that is neither per feature nor broadcasts against x."""
     sizes = tuple(shape[i] for i in features)

@@ -8,14 +8,15 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax._inputs import split_axes
-from bnjax._moments import Moments, ema, moments
+from bnjax._moments import Moments, moments
 from bnjax._normalize import normalize
+from bnjax._trees import Stats, as_moments, update_stats
 
 
 def call(
     layer: Any,
     x: Array,
-    running: Moments,
+    stats: Stats,
     scale: Array | None,
     bias: Array | None,
     mask: ArrayLike | None,
@@ -23,27 +24,25 @@ def call(
     *,
     use_running_average: bool,
     initializing: bool = False,
-) -> tuple[Array, Moments]:
-    """The output and the running statistics after it. `layer` holds flax's fields and `pivot`."""
+) -> tuple[Array, Moments | None]:
+    """The output, and in training the moments. `layer` holds flax's fields and bnjax's."""
     if layer.pivot not in ("batch", "running"):
         raise ValueError(f"pivot is {layer.pivot!r}. Choose 'batch' or 'running'.")
-    if use_running_average or (initializing and x.size == 0):
-        m = running
-    else:
-        m = moments(
+    measured = None
+    if not use_running_average and not (initializing and x.size == 0):
+        measured = moments(
             x,
             feature_axis=layer.axis,
             where=mask,
             axis_name=None if initializing else layer.axis_name,
             axis_index_groups=layer.axis_index_groups,
-            pivot=running.mean if layer.pivot == "running" and not initializing else None,
+            pivot=stats["mean"] if layer.pivot == "running" and not initializing else None,
         )
         if not initializing:
             _warn_of_single_values(x.shape, layer.axis, layer.axis_name)
-            running = ema(running, m, momentum=layer.momentum)
     y = normalize(
         x,
-        m,
+        as_moments(stats) if measured is None else measured,
         scale,
         bias,
         feature_axis=layer.axis,
@@ -51,7 +50,17 @@ def call(
         epsilon=layer.epsilon,
         dtype=dtype,
     )
-    return y, running
+    return y, None if initializing else measured
+
+
+def counts_steps(layer: Any) -> bool:
+    """Whether the running average of the layer depends on the number of updates before."""
+    return layer.debias or layer.momentum is None or callable(layer.momentum)
+
+
+def remember(layer: Any, stats: Stats, m: Moments) -> Stats:
+    """The running statistics after a training call."""
+    return update_stats(stats, m, momentum=layer.momentum, debias=layer.debias, ddof=layer.ddof)
 
 
 def _warn_of_single_values(shape: tuple[int, ...], axis: Any, axis_name: Any) -> None:

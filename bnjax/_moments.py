@@ -1,4 +1,4 @@
-"""Measure and remember: batch statistics as a value that merges exactly."""
+"""Measure: batch statistics as a value that merges exactly."""
 
 import functools
 import math
@@ -16,7 +16,6 @@ from bnjax._inputs import (
     Shape,
     as_array,
     check_features,
-    check_momentum,
     promote,
     read_mask,
     split_axes,
@@ -162,69 +161,6 @@ def pmerge(m: Moments, axis_name: AxisName, *, axis_index_groups: Groups = None)
       [5.] [5.] [14.] 4.0
     """
     return _pmerge(_cast(m, promote(jnp.result_type(m.mean))), axis_name, axis_index_groups, None)
-
-
-def ema(running: Moments, batch: Moments, *, momentum: ArrayLike) -> Moments:
-    """Remembers: an exponential moving average of the mean and of the variance.
-
-      mean = momentum * running.mean + (1 - momentum) * batch.mean, and so for var
-
-    The count becomes the number of values seen so far; features that `batch` has no value of
-    stay as they were. Every field keeps the shape and dtype that it has in `running`, so the
-    result can be carried through `lax.scan`. A remainder as long as the mean is kept up to
-    date; a scalar one stays zero. A scalar count takes the largest of the batch's counts.
-
-    Args:
-      running: the statistics so far, to start with `Moments(zeros, ones)`.
-      batch: from `moments`, `merge` or `pmerge`.
-      momentum: a scalar in [0, 1]: the share that is kept (PyTorch's momentum is 1 minus it).
-
-    Raises:
-      ValueError: for a momentum outside [0, 1], for shapes that differ, and for complex
-        statistics where the running mean is real.
-
-    Example:
-      >>> import bnjax, jax.numpy as jnp
-      >>> running = bnjax.Moments(jnp.zeros(1), jnp.ones(1))
-      >>> batch = bnjax.moments(jnp.array([[2.0], [6.0]]))
-      >>> running = bnjax.ema(running, batch, momentum=0.75)
-      >>> print(running.mean, running.var, running.count)
-      [1.] [1.75] 2.0
-    """
-    check_momentum(momentum)
-    kept = Moments(*map(jnp.asarray, running))
-    for name in ("mean", "var"):
-        check_features(f"running.{name}", getattr(kept, name).shape, jnp.shape(batch.mean))
-    if jnp.iscomplexobj(batch.mean) and not jnp.iscomplexobj(kept.mean):
-        raise ValueError(
-            f"running.mean is {kept.mean.dtype}, which cannot hold a mean of complex input. "
-            "Initialize the running statistics with complex input."
-        )
-    return _step(kept, batch, 1 - momentum)
-
-
-@jax.jit
-def _step(kept: Moments, batch: Moments, share: ArrayLike) -> Moments:
-    """old + share (new - old), with the rounding errors of all steps in the remainder.
-
-    Where nothing was seen the share is 0: a `where` between old and new would ask both to be
-    sharded alike.
-    """
-    dtype = promote(kept.mean.dtype, jnp.result_type(batch.mean))
-    old, new = _cast(kept, dtype), _cast(batch, dtype)
-    seen = new.count > 0
-    new = Moments(*(jnp.where(seen, p, 0) for p in new))
-    share = jnp.where(seen, jnp.asarray(share, real_dtype(dtype)), 0)
-    gap, e1 = two_sum(new.mean, -old.mean)
-    mean, e2 = two_sum(old.mean, share.astype(dtype) * gap)
-    rest = old.remainder + share.astype(dtype) * (e1 + new.remainder - old.remainder)
-    mean, remainder = two_sum(mean, e2 + rest)
-    var = (1 - share) * old.var + share * new.var
-    count = old.count + (new.count if old.count.ndim else jnp.max(new.count))
-    if kept.remainder.shape != kept.mean.shape:
-        remainder = kept.remainder
-    step = mean, var, count, remainder
-    return Moments(*(p.astype(was.dtype) for p, was in zip(step, kept, strict=True)))
 
 
 @functools.partial(jax.jit, static_argnames=("features", "reduced"))

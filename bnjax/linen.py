@@ -6,14 +6,16 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import DenyList
 from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Axes, Dtype, Initializer
 from jax import Array
 from jax.typing import ArrayLike
 
+from bnjax._ema import Momentum
 from bnjax._inputs import as_array, promote, split_axes
-from bnjax._layer import call
-from bnjax._moments import AxisName, Moments
+from bnjax._layer import call, counts_steps, remember
+from bnjax._moments import AxisName, Moments, merge
 from bnjax._rounding import real_dtype
 
 
@@ -30,11 +32,18 @@ class BatchNorm(nn.Module):
 
     Variables: `params/{scale,bias}` and `batch_stats/{mean,var}`, each `[*features]`. The
     statistics start in the promotion of the input's dtype and float32, and keep their dtype.
+    Where the average depends on the number of updates (`debias`, a schedule, `momentum=None`)
+    `batch_stats/steps` counts them, an int32 scalar.
+
+    A training call with `mutable=["moments"]`, named like this, hands the batch's `Moments` out
+    in that collection instead of updating `batch_stats`; with both named it does both. A second
+    call merges into the first, and so does one that is given the collection.
 
     Attributes:
       use_running_average: True in evaluation, False in training; here or in the call.
       axis: the feature axis, or a tuple of them.
-      momentum: the share of the running statistics that is kept (PyTorch's is 1 minus it).
+      momentum: the share of the running statistics that is kept (PyTorch's is 1 minus it); or
+        a schedule, a function of the steps; or None for the plain average over all steps.
       epsilon: added to the variance; positive.
       dtype: of the output; by default the promotion of input, scale and bias. The arithmetic is
         in at least float32 in any case.
@@ -48,6 +57,8 @@ class BatchNorm(nn.Module):
         is always accurate, and at least float32.
       pivot: "batch", or "running" to measure about the running mean: one pass over `x` and one
         collective less, accurate once the running mean is within a few standard deviations.
+      debias: whether the average forgets the zeros and ones that it started with, as in `ema`.
+      ddof: 1 to remember the unbiased variance, as PyTorch does.
 
     Example:
       >>> import bnjax, jax, jax.numpy as jnp
@@ -65,7 +76,7 @@ class BatchNorm(nn.Module):
 
     use_running_average: bool | None = None
     axis: Axes = -1
-    momentum: float = 0.99
+    momentum: Momentum = 0.99
     epsilon: float = 1e-5
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
@@ -78,6 +89,8 @@ class BatchNorm(nn.Module):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     pivot: Literal["batch", "running"] = "batch"
+    debias: bool = False
+    ddof: int = 0
 
     @nn.compact
     def __call__(
@@ -101,7 +114,7 @@ class BatchNorm(nn.Module):
           ValueError: for input, mask, parameters or settings that do not fit.
           NameError: for an `axis_name` that is not mapped, in training.
           flax.errors.ModifyScopeVariableError: in training without
-            `mutable=["batch_stats"]` in `apply`.
+            `mutable=["batch_stats"]` (or `["moments"]`) in `apply`.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -109,8 +122,13 @@ class BatchNorm(nn.Module):
         x = as_array(x)
         sizes = tuple(x.shape[i] for i in split_axes(self.axis, x.shape)[0])
         kept = promote(x.dtype)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, sizes, kept)
-        var = self.variable("batch_stats", "var", jnp.ones, sizes, real_dtype(kept))
+        stats = {
+            "mean": self.variable("batch_stats", "mean", jnp.zeros, sizes, kept),
+            "var": self.variable("batch_stats", "var", jnp.ones, sizes, real_dtype(kept)),
+        }
+        if counts_steps(self):
+            stats["steps"] = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
+        running = {name: variable.value for name, variable in stats.items()}
         scale = bias = None
         if self.use_scale:
             scale = self.param("scale", self.scale_init, sizes, self.param_dtype)
@@ -118,18 +136,29 @@ class BatchNorm(nn.Module):
             bias = self.param("bias", self.bias_init, sizes, self.param_dtype)
         with jax.numpy_dtype_promotion("standard"):
             dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-        initializing = self.is_initializing()
-        y, running = call(
+        y, m = call(
             self,
             x,
-            Moments(mean.value, var.value),
+            running,
             scale,
             bias,
             mask,
             dtype,
             use_running_average=use_running_average,
-            initializing=initializing,
+            initializing=self.is_initializing(),
         )
-        if not use_running_average and not initializing:
-            mean.value, var.value = running.mean, running.var
+        if m is None:
+            return y
+        emits = self._emits_moments()
+        if not emits or self.is_mutable_collection("batch_stats"):
+            for name, value in remember(self, running, m).items():
+                stats[name].value = value
+        if emits:
+            before: Moments | None = self.get_variable("moments", "moments")
+            self.put_variable("moments", "moments", m if before is None else merge(before, m))
         return y
+
+    def _emits_moments(self) -> bool:
+        """Whether `apply` names the collection; `mutable=True` must give what flax gives."""
+        named = self.scope and not isinstance(self.scope.mutable, bool | DenyList)
+        return bool(named) and self.is_mutable_collection("moments")

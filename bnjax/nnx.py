@@ -12,10 +12,15 @@ from flax.typing import Axes, Dtype, Initializer, PromoteDtypeFn
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from bnjax._ema import Momentum
 from bnjax._inputs import as_array, promote
-from bnjax._layer import call
-from bnjax._moments import AxisName, Moments
+from bnjax._layer import call, counts_steps, remember
+from bnjax._moments import AxisName, Moments, merge
 from bnjax._rounding import real_dtype
+
+
+class BatchMoments(nnx.Variable[Moments]):
+    """What layers emit: `nnx.pop(model, bnjax.nnx.BatchMoments)` takes it out of them."""
 
 
 class BatchNorm(nnx.Module):
@@ -32,12 +37,19 @@ class BatchNorm(nnx.Module):
     what a call writes to the running statistics is a constant to autodiff.
 
     Variables: `scale`, `bias` (`nnx.Param`) and `mean`, `var` (`nnx.BatchStat`), `[*features]`.
+    Where the average depends on the number of updates (`debias`, a schedule, `momentum=None`)
+    `steps` counts them, an int32 scalar (`nnx.BatchStat`).
+
+    Where `emit` is set, a training call leaves the batch's `Moments` in `moments`
+    (`bnjax.nnx.BatchMoments`), from where `nnx.pop` takes them; a second call merges into the
+    first. For a whole model: `model.set_attributes(emit="only")`.
 
     Args:
       num_features: the size of the feature axis, or of each where `axis` is a tuple.
       use_running_average: True in evaluation, False in training; `train()` and `eval()` set it.
       axis: the feature axis, or a tuple of them.
-      momentum: the share of the running statistics that is kept (PyTorch's is 1 minus it).
+      momentum: the share of the running statistics that is kept (PyTorch's is 1 minus it); or
+        a schedule, a function of the steps; or None for the plain average over all steps.
       epsilon: added to the variance; positive.
       dtype: of the output; by default the promotion of input and variables. The arithmetic is
         in at least float32 in any case.
@@ -52,6 +64,9 @@ class BatchNorm(nnx.Module):
       bias_metadata, scale_metadata: metadata for the parameters' variables.
       pivot: "batch", or "running" to measure about the running mean: one pass over `x` and one
         collective less, accurate once the running mean is within a few standard deviations.
+      debias: whether the average forgets the zeros and ones that it started with, as in `ema`.
+      ddof: 1 to remember the unbiased variance, as PyTorch does.
+      emit: True to emit the moments besides remembering them, "only" to emit them instead.
 
     Example:
       >>> import bnjax, jax.numpy as jnp
@@ -74,7 +89,7 @@ class BatchNorm(nnx.Module):
         *,
         use_running_average: bool | None = False,
         axis: Axes = -1,
-        momentum: float = 0.99,
+        momentum: Momentum = 0.99,
         epsilon: float = 1e-5,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -90,6 +105,9 @@ class BatchNorm(nnx.Module):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         pivot: Literal["batch", "running"] = "batch",
+        debias: bool = False,
+        ddof: int = 0,
+        emit: bool | Literal["only"] = False,
     ) -> None:
         sizes = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
         kept = promote(param_dtype)
@@ -114,6 +132,11 @@ class BatchNorm(nnx.Module):
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
         self.pivot = pivot
+        self.debias = debias
+        self.ddof = ddof
+        self.emit = emit
+        if counts_steps(self):
+            self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
     def __call__(
         self,
@@ -151,22 +174,35 @@ class BatchNorm(nnx.Module):
                 inputs = jax.eval_shape(lambda a: self.promote_dtype(a, dtype=self.dtype), inputs)
             given = [p.dtype for p in inputs if p is not None]
             dtype = jnp.dtype(self.dtype or jnp.result_type(*given))
-        y, running = call(
+        stats = {"mean": mean, "var": var}
+        if counts_steps(self):
+            stats["steps"] = self.steps[...]
+        y, m = call(
             self,
             x,
-            Moments(mean, var),
+            stats,
             scale,
             bias,
             mask,
             dtype,
             use_running_average=use_running_average,
         )
-        if not use_running_average:
-            self.mean[...] = lax.stop_gradient(running.mean)
-            self.var[...] = lax.stop_gradient(running.var)
+        if m is not None and self.emit != "only":
+            for name, value in remember(self, stats, m).items():
+                getattr(self, name)[...] = lax.stop_gradient(value)
+        if m is not None and self.emit:
+            before = getattr(self, "moments", None)
+            merged = m if before is None else merge(before.get_value(), m)
+            self.moments = BatchMoments(merged)
         return y
 
-    def set_view(self, use_running_average: bool | None = None) -> None:
-        """For `nnx.view`: sets `use_running_average` where it is given."""
+    def set_view(
+        self,
+        use_running_average: bool | None = None,
+        emit: bool | Literal["only"] | None = None,
+    ) -> None:
+        """For `nnx.view`: sets what is given."""
         if use_running_average is not None:
             self.use_running_average = use_running_average
+        if emit is not None:
+            self.emit = emit

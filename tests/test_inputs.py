@@ -89,6 +89,36 @@ def test_a_momentum_outside_0_to_1(momentum):
     assert_refused(lambda: bnjax.ema(M, bnjax.moments(X), momentum=momentum), message)
 
 
+def test_debias_with_a_schedule():
+    message = (
+        "debias is True and momentum is a schedule, but debiasing needs one momentum for all "
+        "steps. Leave one of the two out."
+    )
+    batch = bnjax.moments(X)
+    assert_refused(
+        lambda: bnjax.ema(M, batch, momentum=lambda t: 0.9, steps=0, debias=True), message
+    )
+
+
+def test_averages_that_count_steps_without_them():
+    message = (
+        "steps is None, but momentum=None, a schedule and debias=True depend on the number of "
+        "updates so far. Pass it as steps, or give the running statistics that leaf."
+    )
+    batch = bnjax.moments(X)
+    for how in ({"momentum": None}, {"momentum": 0.9, "debias": True}, {"momentum": lambda t: 0.9}):
+        assert_refused(lambda how=how: bnjax.ema(M, batch, **how), message)
+
+
+@pytest.mark.parametrize("ddof", [-1, 0.5, None])
+def test_degrees_of_freedom(ddof):
+    message = (
+        f"ddof is {ddof!r}, but the variance is divided by count - ddof. "
+        "Choose 0, or 1 for the unbiased variance."
+    )
+    assert_refused(lambda: bnjax.ema(M, bnjax.moments(X), momentum=0.9, ddof=ddof), message)
+
+
 @pytest.mark.parametrize("momentum", [0, 1, 0.0, 1.0, np.float32(0.5), jnp.float32(0.5)])
 def test_a_momentum_from_0_to_1_is_fine(momentum):
     batch = bnjax.moments(X)

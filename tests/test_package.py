@@ -16,11 +16,16 @@ PUBLIC = {
     "affine",
     "batch_norm",
     "convs_and_dots_saveable",
+    "drift",
+    "drift_table",
     "ema",
     "merge",
+    "merge_stacked",
     "moments",
     "normalize",
     "pmerge",
+    "recalibrate",
+    "update_stats",
 }
 
 

@@ -1,0 +1,141 @@
+"""Remember: running averages of batch statistics."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from bnjax._inputs import check_ddof, check_features, check_momentum, is_static, promote
+from bnjax._moments import Moments, _cast
+from bnjax._rounding import real_dtype, two_sum
+
+Momentum = ArrayLike | Callable[[ArrayLike], ArrayLike] | None
+
+
+def ema(
+    running: Moments,
+    batch: Moments,
+    *,
+    momentum: Momentum,
+    steps: ArrayLike | None = None,
+    debias: bool = False,
+    ddof: int = 0,
+) -> Moments:
+    """Remembers: an exponential moving average of the mean and of the variance.
+
+      mean = momentum * running.mean + (1 - momentum) * batch.mean, and so for var
+
+    The count becomes the number of values seen so far; features that `batch` has no value of
+    stay as they were. Every field keeps the shape and dtype that it has in `running`, so the
+    result can be carried through `lax.scan`. A remainder as long as the mean is kept up to
+    date; a scalar one stays zero. A scalar count takes the largest of the batch's counts.
+
+    Args:
+      running: the statistics so far, to start with `Moments(zeros, ones)`.
+      batch: from `moments`, `merge` or `pmerge`.
+      momentum: the share that is kept, a scalar in [0, 1] (PyTorch's momentum is 1 minus it);
+        or a schedule, a function of `steps` as in optax; or None for the plain average over
+        the steps, where every batch counts alike (PyTorch's `momentum=None`).
+      steps: the number of updates before this one, which None, a schedule and `debias` need.
+      debias: whether to divide by the total of the weights, as Adam does (Kingma and Ba, 2015):
+        (1 - momentum) / (1 - momentum^(steps + 1)) takes the place of 1 - momentum. So the
+        first step gives the batch's statistics and no step remembers the zeros and ones.
+      ddof: 1 remembers the unbiased variance, var * count / (count - 1), as PyTorch does;
+        features whose count is not above `ddof` keep their variance.
+
+    Raises:
+      ValueError: for a momentum outside [0, 1], missing steps, a `debias` with a schedule, for
+        shapes that differ, and for complex statistics where the running mean is real.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> running = bnjax.Moments(jnp.zeros(1), jnp.ones(1))
+      >>> batch = bnjax.moments(jnp.array([[2.0], [6.0]]))
+      >>> running = bnjax.ema(running, batch, momentum=0.75)
+      >>> print(running.mean, running.var, running.count)
+      [1.] [1.75] 2.0
+    """
+    check_ddof(ddof)
+    kept = Moments(*map(jnp.asarray, running))
+    for name in ("mean", "var"):
+        check_features(f"running.{name}", getattr(kept, name).shape, jnp.shape(batch.mean))
+    if jnp.iscomplexobj(batch.mean) and not jnp.iscomplexobj(kept.mean):
+        raise ValueError(
+            f"running.mean is {kept.mean.dtype}, which cannot hold a mean of complex input. "
+            "Initialize the running statistics with complex input."
+        )
+    dtype = promote(kept.mean.dtype, jnp.result_type(batch.mean))
+    share = _share(momentum, steps, debias, real_dtype(dtype))
+    return _step(kept, batch, share, ddof=ddof)
+
+
+def _share(
+    momentum: Momentum, steps: ArrayLike | None, debias: bool, dtype: DTypeLike
+) -> ArrayLike:
+    """How far this step goes towards the batch.
+
+    With debias (1 - m) / (1 - m^t) at step t, by way of log m: near 1 powers lose digits. The
+    plain average, 1 / t, is its limit for m towards 1, and the same at t = 1.
+    """
+    if debias and callable(momentum):
+        raise ValueError(
+            "debias is True and momentum is a schedule, but debiasing needs one momentum for "
+            "all steps. Leave one of the two out."
+        )
+    if (debias or momentum is None or callable(momentum)) and steps is None:
+        raise ValueError(
+            "steps is None, but momentum=None, a schedule and debias=True depend on the number "
+            "of updates so far. Pass it as steps, or give the running statistics that leaf."
+        )
+    if callable(momentum):
+        momentum = momentum(jnp.asarray(steps))
+    if momentum is not None:
+        check_momentum(momentum)
+        if not debias:
+            return 1 - momentum
+    t = jnp.asarray(steps, dtype) + 1
+    if momentum is None:
+        return 1 / t
+    if is_static(momentum):  # in double precision
+        with np.errstate(divide="ignore"):
+            log = jnp.asarray(np.log(np.asarray(momentum, np.float64)), dtype)
+    else:
+        log = jnp.log(jnp.asarray(momentum, dtype))
+    plain = (log == 0) | (t == 1)
+    log = jnp.where(log == 0, -1, log)
+    return jnp.where(plain, 1 / t, jnp.expm1(log) / jnp.expm1(t * log))
+
+
+@functools.partial(jax.jit, static_argnames="ddof")
+def _step(kept: Moments, batch: Moments, share: ArrayLike, *, ddof: int) -> Moments:
+    """old + share (new - old), with the rounding errors of all steps in the remainder.
+
+    Where nothing was seen the share is 0: a `where` between old and new would ask both to be
+    sharded alike.
+    """
+    dtype = promote(kept.mean.dtype, jnp.result_type(batch.mean))
+    old, new = _cast(kept, dtype), _cast(batch, dtype)
+    new = Moments(*(jnp.where(new.count > 0, p, 0) for p in new))
+    share = jnp.asarray(share, real_dtype(dtype))
+    of_mean = jnp.where(new.count > 0, share, 0)
+    gap, e1 = two_sum(new.mean, -old.mean)
+    mean, e2 = two_sum(old.mean, of_mean.astype(dtype) * gap)
+    rest = old.remainder + of_mean.astype(dtype) * (e1 + new.remainder - old.remainder)
+    mean, remainder = two_sum(mean, e2 + rest)
+    of_var = jnp.where(new.count > ddof, share, 0)
+    var = (1 - of_var) * old.var + of_var * unbiased(new, ddof)
+    count = old.count + (new.count if old.count.ndim else jnp.max(new.count))
+    if kept.remainder.shape != kept.mean.shape:
+        remainder = kept.remainder
+    step = mean, var, count, remainder
+    return Moments(*(p.astype(was.dtype) for p, was in zip(step, kept, strict=True)))
+
+
+def unbiased(m: Moments, ddof: int) -> Array:
+    """The variance divided by count - ddof, where the count is above that."""
+    above = m.count > ddof
+    return jnp.where(above, m.var * m.count / jnp.where(above, m.count - ddof, 1), m.var)

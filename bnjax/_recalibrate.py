@@ -1,0 +1,111 @@
+"""Replace running statistics by the exact moments of a data set."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bnjax._ema import ema
+from bnjax._inputs import check_ddof
+from bnjax._moments import Moments, merge
+from bnjax._trees import (
+    Stats,
+    Tree,
+    as_moments,
+    is_moments,
+    map_layers,
+    per_layer,
+    stacked_layers,
+)
+
+
+def recalibrate(
+    measure: Callable[[Any], Tree],
+    batch_stats: Tree,
+    batches: Iterable[Any],
+    *,
+    ddof: int = 0,
+    progress: bool = False,
+) -> Tree:
+    """Replaces the running statistics by the exact moments of a data set (precise batch norm).
+
+    All batches merge, weighted by their counts: with a short last one, masks or sample weights
+    the result is that of the data set as one batch. For evaluation after weights have been
+    averaged (EMA, SWA), and before deployment (Wu and Johnson, 2021).
+
+    Args:
+      measure: gives the moments of the network's layers on one of the batches, in training mode.
+        It is the caller's, and so are keys, further inputs and sharding. Pass it jitted.
+      batch_stats: the statistics to replace, as in `update_stats`. Layers that have no moments
+        and features without any value stay as they are, and so does every `steps`.
+      batches: passed to `measure` one after the other; none is kept.
+      ddof: 1 for the unbiased variance.
+      progress: whether to show a bar (needs tqdm).
+
+    Returns:
+      The new `batch_stats`. A batch whose moments are not finite is left out, with a warning
+      that says which.
+
+    Raises:
+      ValueError: where there is no batch, or none with finite moments.
+
+    Example:
+      >>> import bnjax, jax, jax.numpy as jnp
+      >>> x = jnp.arange(10.0)[:, None]
+      >>> stats = {"mean": jnp.zeros(1), "var": jnp.ones(1)}
+      >>> stats = bnjax.recalibrate(jax.jit(bnjax.moments), stats, [x[:4], x[4:8], x[8:]])
+      >>> print(stats["mean"], stats["var"])
+      [4.5] [8.25]
+    """
+    check_ddof(ddof)
+    total, finite = None, []
+    for batch in _with_bar(batches) if progress else batches:
+        total, is_finite = _add(total, measure(batch))
+        finite.append(is_finite)  # looked at in the end: until then nothing waits for the device
+    bad = [i for i, is_finite in enumerate(finite) if not is_finite]
+    if len(bad) == len(finite):
+        raise ValueError(
+            f"batches has {len(finite)} batches, and none with finite moments. The statistics "
+            "are as they were. Give batches that the network can be trained on."
+        )
+    if bad:
+        warnings.warn(
+            f"The moments of batches {bad} (counted from 0) are not finite. These batches are "
+            "left out, all others count.",
+            stacklevel=2,
+        )
+
+    def replace(stats: Stats, m: Moments) -> Stats:
+        fresh = as_moments({name: jnp.zeros_like(p) for name, p in stats.items()})
+        exact = ema(fresh, m, momentum=0, ddof=ddof)
+        mean = jnp.where(m.count > 0, exact.mean, stats["mean"])
+        return stats | {"mean": mean, "var": jnp.where(m.count > ddof, exact.var, stats["var"])}
+
+    return map_layers(replace, batch_stats, total)
+
+
+@jax.jit
+def _add(total: Tree | None, moments: Tree) -> tuple[Tree, Array]:
+    """The merge, and whether the new moments are finite; otherwise the total stays."""
+    finite = jnp.all(jnp.array([jnp.isfinite(p).all() for p in jax.tree.leaves(moments)]))
+    if total is None:
+        total = jax.tree.map(jnp.zeros_like, moments)
+    merged = jax.tree.map(_merge, total, moments, is_leaf=is_moments)
+    return jax.tree.map(lambda old, new: jnp.where(finite, new, old), total, merged), finite
+
+
+def _merge(a: Moments, b: Moments) -> Moments:
+    return per_layer(merge, stacked_layers(b))(a, b)
+
+
+def _with_bar(batches: Iterable[Any]) -> Iterable[Any]:
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "progress is True, and the bar needs tqdm. Install it, or leave progress out."
+        ) from error
+    return tqdm(batches, desc="recalibrate", unit="batch")

@@ -1,0 +1,175 @@
+"""Over trees: the statistics of all layers of a network, paired with their moments by path."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.tree_util import GetAttrKey, tree_flatten_with_path
+
+from bnjax._ema import Momentum, ema
+from bnjax._moments import Moments, pmerge
+
+Tree = Any
+Path = tuple[str, ...]
+Stats = dict[str, Array]  # of one layer: mean and var, and steps where updates are counted
+Layers = dict[Path, Stats]
+
+
+def update_stats(
+    batch_stats: Tree, moments: Tree, *, momentum: Momentum, debias: bool = False, ddof: int = 0
+) -> Tree:
+    """`ema` for all layers of a network: what their training calls do unless they only emit.
+
+    For gradient accumulation emit the moments of every microbatch, merge them (`merge_stacked`
+    if a scan has stacked them), and update once.
+
+    Args:
+      batch_stats: `{mean, var}` of each layer, and `steps` where updates are counted: linen's
+        collection, or `nnx.state(model, nnx.BatchStat)`.
+      moments: a `Moments` of each layer that was called: linen's collection `moments`, or
+        `nnx.pop(model, bnjax.nnx.BatchMoments)`. Other layers stay as they are.
+      momentum, debias, ddof: as in `ema`, the same for all layers.
+
+    Returns:
+      The new `batch_stats`, with the structure, shapes and dtypes of the old.
+
+    Raises:
+      ValueError: for moments of a layer that has no statistics, and as in `ema`.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> batch_stats = {"norm": {"mean": jnp.zeros(1), "var": jnp.ones(1)}}
+      >>> m = {"norm": {"moments": bnjax.moments(jnp.array([[2.0], [6.0]]))}}
+      >>> print(bnjax.update_stats(batch_stats, m, momentum=0.75)["norm"]["var"])
+      [1.75]
+    """
+
+    def update(stats: Stats, m: Moments) -> Stats:
+        steps = stats.get("steps")
+        new = ema(as_moments(stats), m, momentum=momentum, steps=steps, debias=debias, ddof=ddof)
+        updated = {"mean": new.mean, "var": new.var}
+        if steps is not None:
+            updated["steps"] = steps + jnp.any(m.count > 0).astype(steps.dtype)
+        return updated
+
+    return map_layers(update, batch_stats, moments)
+
+
+def merge_stacked(tree: Tree) -> Tree:
+    """Merges what is stacked along the first axis: microbatches, replicas, ghost batches.
+
+    The variance between the parts belongs to the whole's, so this is no average: replicas that
+    kept running statistics of their own become one batch norm over the data of all.
+
+    Args:
+      tree: a `Moments` or a tree of them, or a tree of `{mean, var}` (running statistics, whose
+        parts weigh alike), with one more axis in front, as `lax.scan`, `jax.vmap` and
+        `jax.pmap` stack.
+
+    Example:
+      >>> import bnjax, jax, jax.numpy as jnp
+      >>> x = jnp.arange(12.0).reshape(3, 4, 1)
+      >>> m = bnjax.merge_stacked(jax.vmap(bnjax.moments)(x))
+      >>> print(m.mean, m.var.round(2), m.count)
+      [5.5] [11.92] 12.0
+      >>> replicas = {"norm": {"mean": jnp.array([[0.0], [10.0]]), "var": jnp.ones((2, 1))}}
+      >>> print(bnjax.merge_stacked(replicas)["norm"]["var"])
+      [26.]
+    """
+
+    if any(map(is_moments, jax.tree.leaves(tree, is_leaf=is_moments))):
+        return jax.tree.map(_merge_parts, tree, is_leaf=is_moments)
+    layers, restore = split_layers(tree)
+    return restore({path: _merge_stats(stats) for path, stats in layers.items()})
+
+
+def _merge_parts(m: Moments) -> Moments:
+    m = Moments(*(jnp.broadcast_to(p, (len(m.mean), *jnp.shape(p)[1:])) for p in m))
+    across = jax.vmap(lambda m: pmerge(m, "parts"), axis_name="parts", out_axes=None)
+    return per_layer(across, stacked_layers(m) - 1, axis=1)(m)
+
+
+def _merge_stats(stats: Stats) -> Stats:
+    mean, steps = stats["mean"], stats.get("steps")
+    m = _merge_parts(as_moments(stats)._replace(count=jnp.ones(len(mean))))
+    merged = {name: getattr(m, name).astype(stats[name].dtype) for name in ("mean", "var")}
+    return merged | ({} if steps is None else {"steps": jnp.max(steps, 0)})
+
+
+def map_layers(f: Callable[[Stats, Moments], Any], batch_stats: Tree, moments: Tree) -> Tree:
+    """f for each layer that has moments; the others stay."""
+    layers, restore = split_layers(batch_stats)
+    return restore(layers | zip_layers(f, layers, moments))
+
+
+def zip_layers(
+    f: Callable[[Stats, Moments], Any], layers: Layers, moments: Tree
+) -> dict[Path, Any]:
+    """f of the statistics and the moments of each layer that has both."""
+    results = {}
+    for path, m in moments_by_path(moments).items():
+        if path not in layers:
+            raise ValueError(
+                f"moments holds the layer {name_of(path)}, but batch_stats has statistics only "
+                f"of {', '.join(map(name_of, layers)) or 'none'}. Take both from one network."
+            )
+        stats = layers[path]
+        stacked = jnp.ndim(stats["steps"]) if "steps" in stats else stacked_layers(m)
+        results[path] = per_layer(f, stacked)(stats, m)
+    return results
+
+
+def per_layer(f: Callable[..., Any], stacked: int, axis: int = 0) -> Callable[..., Any]:
+    """f for each of the layers that `nn.scan` or a vmap has stacked along so many axes."""
+    for _ in range(stacked):
+        f = jax.vmap(f, in_axes=axis)
+    return f
+
+
+def stacked_layers(m: Moments) -> int:
+    """Along how many axes: a count is `[*features]` or, of each layer, a scalar."""
+    return jnp.ndim(m.count) if jnp.ndim(m.count) < jnp.ndim(m.mean) else 0
+
+
+def split_layers(batch_stats: Tree) -> tuple[Layers, Callable[[Layers], Tree]]:
+    """The statistics of each layer by its path, and how to build such a tree again."""
+    leaves, treedef = tree_flatten_with_path(batch_stats)
+    paths = [path_of(keys) for keys, _ in leaves]
+    layers: Layers = {}
+    for (*layer, name), (_, leaf) in zip(paths, leaves, strict=True):
+        layers.setdefault(tuple(layer), {})[name] = leaf
+
+    def restore(layers: Layers) -> Tree:
+        return jax.tree.unflatten(treedef, [layers[tuple(layer)][name] for *layer, name in paths])
+
+    return layers, restore
+
+
+def moments_by_path(moments: Tree) -> dict[Path, Moments]:
+    """The moments of each layer, by the path of the layer."""
+    leaves, _ = tree_flatten_with_path(moments, is_leaf=is_moments)
+    paths = [path_of(keys) for keys, _ in leaves]
+    layers = (path[:-1] if path[-1:] == ("moments",) else path for path in paths)
+    return dict(zip(layers, (m for _, m in leaves), strict=True))
+
+
+def path_of(keys: tuple[Any, ...]) -> Path:
+    """The names on the way to a leaf, without the attribute in which a variable keeps it."""
+    return tuple(str(getattr(k, "key", k)) for k in keys if not isinstance(k, GetAttrKey))
+
+
+def name_of(path: Path) -> str:
+    """What tables and errors call a layer."""
+    return "/".join(path) or "(the network itself)"
+
+
+def is_moments(node: Any) -> bool:
+    """Whether a node of a tree is one layer's moments."""
+    return isinstance(node, Moments)
+
+
+def as_moments(stats: Stats) -> Moments:
+    """Running statistics, as `ema` takes them."""
+    return Moments(stats["mean"], stats["var"])
