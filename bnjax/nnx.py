@@ -192,8 +192,7 @@ class BatchNorm(nnx.Module):
                 getattr(self, name)[...] = lax.stop_gradient(value)
         if m is not None and self.emit:
             before = getattr(self, "moments", None)
-            merged = m if before is None else merge(before.get_value(), m)
-            self.moments = BatchMoments(merged)
+            self.moments = BatchMoments(m if before is None else merge(type(m)(*before[:]), m))
         return y
 
     def set_view(

@@ -94,6 +94,25 @@ def test_nothing_is_compiled_twice(sharded):
     np.testing.assert_allclose(stats["BatchNorm_0"]["var"], expected, rtol=2e-6)
 
 
+def test_replicas_that_share_their_moments():
+    """Under shard_map, with masks of other counts on every replica."""
+    x, where = data(96), np.random.default_rng(2).random((96, 1)) < 0.5
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    measure = jax.jit(
+        jax.shard_map(
+            lambda x, where: bnjax.moments(x, where=where, axis_name="data"),
+            mesh=mesh,
+            in_specs=P("data"),
+            out_specs=P(),
+        )
+    )
+    batches = zip(split(x, 32, 32), split(where, 32, 32), strict=True)
+    stats = bnjax.recalibrate(lambda batch: measure(*batch), fresh(), batches)
+    np.testing.assert_allclose(
+        stats["var"], reference.moments(x, where=where).var.astype(float), rtol=2e-6
+    )
+
+
 def test_statistics_that_are_not_finite_are_replaced_and_steps_stay():
     stats = {"mean": jnp.full(3, jnp.nan), "var": jnp.full(3, jnp.inf), "steps": jnp.int32(9)}
     after = bnjax.recalibrate(bnjax.moments, stats, [data()])
