@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from bnjax._drift import drift as drift
 from bnjax._drift import drift_table as drift_table
 from bnjax._ema import ema as ema
+from bnjax._covariance import CovMoments as CovMoments
+from bnjax._covariance import cov_moments as cov_moments
 from bnjax._moments import MOMENTS_NAME as MOMENTS_NAME
 from bnjax._moments import Moments as Moments
 from bnjax._moments import merge as merge
@@ -25,6 +27,7 @@ from bnjax._normalize import normalize as normalize
 from bnjax._recalibrate import recalibrate as recalibrate
 from bnjax._trees import merge_stacked as merge_stacked
 from bnjax._trees import update_stats as update_stats
+from bnjax._whiten import whiten as whiten
 
 if TYPE_CHECKING:
     from bnjax import linen as linen

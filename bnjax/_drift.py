@@ -8,8 +8,15 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from bnjax._inputs import check_epsilon
-from bnjax._moments import Moments
-from bnjax._trees import Stats, Tree, name_of, split_layers, zip_layers
+from bnjax._trees import (
+    AnyMoments,
+    Stats,
+    Tree,
+    as_moments,
+    name_of,
+    split_layers,
+    zip_layers,
+)
 
 
 class Drift(NamedTuple):
@@ -60,8 +67,8 @@ def drift(batch_stats: Tree, moments: Tree, *, epsilon: ArrayLike = 1e-5) -> dic
     """
     check_epsilon(epsilon)
 
-    def compare(stats: Stats, m: Moments) -> Drift:
-        var = stats["var"] + epsilon
+    def compare(stats: Stats, m: AnyMoments) -> Drift:
+        var = as_moments(stats).var + epsilon
         ratio = (m.var + epsilon) / var
         z = (m.mean - stats["mean"] + m.remainder) / jnp.sqrt(var)
         divergence = 0.5 * (ratio - 1 - jnp.log(ratio) + jnp.abs(z) ** 2)

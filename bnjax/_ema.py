@@ -10,21 +10,21 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax._inputs import check_ddof, check_features, check_momentum, is_static, promote
-from bnjax._moments import Moments, _cast
+from bnjax._moments import M, _cast
 from bnjax._rounding import real_dtype, two_sum
 
 Momentum = ArrayLike | Callable[[ArrayLike], ArrayLike] | None
 
 
 def ema(
-    running: Moments,
-    batch: Moments,
+    running: M,
+    batch: M,
     *,
     momentum: Momentum,
     steps: ArrayLike | None = None,
     debias: bool = False,
     ddof: int = 0,
-) -> Moments:
+) -> M:
     """Remembers: an exponential moving average of the mean and of the variance.
 
       mean = momentum * running.mean + (1 - momentum) * batch.mean, and so for var
@@ -60,9 +60,9 @@ def ema(
       [1.] [1.75] 2.0
     """
     check_ddof(ddof)
-    kept = Moments(*map(jnp.asarray, running))
-    for name in ("mean", "var"):
-        check_features(f"running.{name}", getattr(kept, name).shape, jnp.shape(batch.mean))
+    kept = type(running)(*map(jnp.asarray, running))
+    for name, ours, theirs in zip(kept._fields[:2], kept, batch, strict=False):
+        check_features(f"running.{name}", ours.shape, jnp.shape(theirs))
     if jnp.iscomplexobj(batch.mean) and not jnp.iscomplexobj(kept.mean):
         raise ValueError(
             f"running.mean is {kept.mean.dtype}, which cannot hold a mean of complex input. "
@@ -111,7 +111,7 @@ def _share(
 
 
 @functools.partial(jax.jit, static_argnames="ddof")
-def _step(kept: Moments, batch: Moments, share: ArrayLike, *, ddof: int) -> Moments:
+def _step(kept: M, batch: M, share: ArrayLike, *, ddof: int) -> M:
     """old + share (new - old), with the rounding errors of all steps in the remainder.
 
     Where nothing was seen the share is 0: a `where` between old and new would ask both to be
@@ -119,23 +119,24 @@ def _step(kept: Moments, batch: Moments, share: ArrayLike, *, ddof: int) -> Mome
     """
     dtype = promote(kept.mean.dtype, jnp.result_type(batch.mean))
     old, new = _cast(kept, dtype), _cast(batch, dtype)
-    new = Moments(*(jnp.where(new.count > 0, p, 0) for p in new))
+    new = type(new)(*(jnp.where(new.count > 0, p, 0) for p in new))
     share = jnp.asarray(share, real_dtype(dtype))
     of_mean = jnp.where(new.count > 0, share, 0)
     gap, e1 = two_sum(new.mean, -old.mean)
     mean, e2 = two_sum(old.mean, of_mean.astype(dtype) * gap)
     rest = old.remainder + of_mean.astype(dtype) * (e1 + new.remainder - old.remainder)
     mean, remainder = two_sum(mean, e2 + rest)
-    of_var = jnp.where(new.count > ddof, share, 0)
-    var = (1 - of_var) * old.var + of_var * unbiased(new, ddof)
+    of_second = jnp.where(new.count > ddof, share, 0).astype(old[1].dtype)
+    second = (1 - of_second) * old[1] + of_second * unbiased(new, ddof)
     count = old.count + (new.count if old.count.ndim else jnp.max(new.count))
     if kept.remainder.shape != kept.mean.shape:
         remainder = kept.remainder
-    step = mean, var, count, remainder
-    return Moments(*(p.astype(was.dtype) for p, was in zip(step, kept, strict=True)))
+    step = mean, second, count, remainder
+    return type(kept)(*(p.astype(was.dtype) for p, was in zip(step, kept, strict=True)))
 
 
-def unbiased(m: Moments, ddof: int) -> Array:
-    """The variance divided by count - ddof, where the count is above that."""
-    above = m.count > ddof
-    return jnp.where(above, m.var * m.count / jnp.where(above, m.count - ddof, 1), m.var)
+def unbiased(m: M, ddof: int) -> Array:
+    """The variance or covariance divided by count - ddof, where the count is above that."""
+    above, dtype = m.count > ddof, m[1].dtype
+    divisor = jnp.where(above, m.count - ddof, 1).astype(dtype)
+    return jnp.where(above, m[1] * m.count.astype(dtype) / divisor, m[1])

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from bnjax._inputs import (
     split_axes,
 )
 from bnjax._rounding import abs2, near, real_dtype, two_sum
+
+if TYPE_CHECKING:
+    from bnjax._covariance import CovMoments
 
 AxisName = Hashable | tuple[Hashable, ...]
 Groups = Sequence[Sequence[int]] | None
@@ -43,6 +46,22 @@ class Moments(NamedTuple):
     var: Any
     count: Any = 0.0
     remainder: Any = 0.0
+
+    # What `merge` and its kin need to know of a second moment; a covariance has its own.
+    @staticmethod
+    def _square(d: Array, like: Array) -> Array:
+        return abs2(d)
+
+    @staticmethod
+    def _central(m2: Array, m1: Array) -> Array:
+        return jnp.maximum(m2 - abs2(m1), 0)
+
+    @staticmethod
+    def _unit(like: Array) -> ArrayLike:
+        return 1
+
+
+M = TypeVar("M", Moments, "CovMoments")
 
 
 def moments(
@@ -106,7 +125,7 @@ def moments(
     return _pmerge(m, axis_name, axis_index_groups, pivot)
 
 
-def merge(a: Moments, b: Moments) -> Moments:
+def merge(a: M, b: M) -> M:
     """The moments of two batches together (Chan, Golub and LeVeque, 1983).
 
     With n = n_a + n_b and delta = mean_b - mean_a:
@@ -132,12 +151,12 @@ def merge(a: Moments, b: Moments) -> Moments:
     base = jnp.where(has_a, a.mean, jnp.where(has_b, b.mean, 0))
     rest = jnp.where(has_a, a.remainder, jnp.where(has_b, b.remainder, 0))
     mean, remainder = two_sum(base, rest + share_b.astype(dtype) * delta)
-    within = share_a * jnp.where(has_a, a.var, 0) + share_b * jnp.where(has_b, b.var, 0)
-    var = within + share_a * share_b * abs2(delta)
-    return Moments(mean, jnp.where(n > 0, var, 1), n, remainder)
+    within = share_a * jnp.where(has_a, a[1], 0) + share_b * jnp.where(has_b, b[1], 0)
+    second = within + share_a * share_b * a._square(delta, a[1])
+    return type(a)(mean, jnp.where(n > 0, second, a._unit(second)), n, remainder)
 
 
-def pmerge(m: Moments, axis_name: AxisName, *, axis_index_groups: Groups = None) -> Moments:
+def pmerge(m: M, axis_name: AxisName, *, axis_index_groups: Groups = None) -> M:
     """`merge` over a mapped axis: every replica gets the moments of all, weighted by count.
 
     Takes two all-reduces: the replicas agree on a pivot, then add up their deviations from it.
@@ -170,11 +189,15 @@ def _measure(
     dtype = promote(x.dtype)
     count, n = _count(x.shape, w, features, reduced, real_dtype(dtype))
     if c is None:
-        c = jnp.sum(_weigh(_finite(x.astype(dtype), w), w), reduced) / n.astype(dtype)
+        c = _mean(x.astype(dtype), w, n, reduced)
     c, other = _saved((near(c, 1), near(c, 2)))
     at = functools.partial(lax.expand_dims, dimensions=reduced)
     s1, s2 = _saved(_sums(x, at(c), at(other), w, reduced))
-    return _about(c, s1 / n.astype(dtype) + (other - c), s2 / n, count, n)
+    return _about(Moments, c, s1 / n.astype(dtype) + (other - c), s2 / n, count, n)
+
+
+def _mean(x: Array, w: Array | None, n: Array, reduced: Shape) -> Array:
+    return jnp.sum(_weigh(_finite(x, w), w), reduced) / n.astype(x.dtype)
 
 
 def _count(
@@ -220,26 +243,28 @@ def _sums(x: Array, c: Array, other: Array, w: Array | None, reduced: Shape) -> 
     return s1, jnp.sum(jnp.real(_weigh(d, w) * jnp.conj(d)), reduced)
 
 
-def _about(c: Array, m1: Array, m2: Array, count: Array, n: Array) -> Moments:
-    """Moments from a pivot c and the weighted means of x - c and |x - c|^2."""
+def _about(kind: type[M], c: Array, m1: Array, m2: Array, count: Array, n: Array) -> M:
+    """Moments from a pivot c and the weighted means of x - c and of its square."""
     mean, remainder = two_sum(c, m1)
-    var = jnp.maximum(m2 - abs2(m1), 0)
+    second = kind._central(m2, m1)
     if n is not count:
-        var = jnp.where(count > 0, var, 1)
-    return Moments(mean, var, count, remainder)
+        second = jnp.where(count > 0, second, kind._unit(second))
+    return kind(mean, second, count, remainder)
 
 
-def _pmerge(m: Moments, axis_name: AxisName, groups: Groups, pivot: Array | None) -> Moments:
+def _pmerge(m: M, axis_name: AxisName, groups: Groups, pivot: Array | None) -> M:
     n = m.count.astype(m.mean.dtype)
     if pivot is None:
         s, total = _psum(lax.stop_gradient((n * m.mean, n)), axis_name, groups)
         pivot = near(s / jnp.where(total != 0, total, 1))
     delta = (m.mean - pivot) + m.remainder
-    parts = n * delta, m.count * (m.var + abs2(delta)), m.count
+    second = m[1] + m._square(delta, m[1])
+    parts = n * delta, m.count.astype(second.dtype) * second, m.count
     s1, s2, count = _psum(parts, axis_name, groups)
     count = jnp.real(count)
+    s2 = s2 if jnp.iscomplexobj(second) else jnp.real(s2)
     n = jnp.where(count > 0, count, 1)
-    return _about(pivot, s1 / n.astype(s1.dtype), jnp.real(s2) / n, count, n)
+    return _about(type(m), pivot, s1 / n.astype(s1.dtype), s2 / n.astype(s2.dtype), count, n)
 
 
 def _psum(parts: tuple[Array, ...], axis_name: AxisName, groups: Groups) -> list[Array]:
@@ -270,12 +295,12 @@ def _saved(tree: Any) -> Any:
     return jax.tree.map(lambda a: checkpoint_name(a, MOMENTS_NAME), tree)
 
 
-def _cast(m: Moments, dtype: DTypeLike) -> Moments:
-    """Mean and remainder in `dtype`, var and count in its real counterpart."""
+def _cast(m: M, dtype: DTypeLike) -> M:
+    """Mean and remainder in `dtype`, var and count in its real counterpart, cov in `dtype`."""
     real = real_dtype(dtype)
-    return Moments(
+    return type(m)(
         jnp.asarray(m.mean, dtype),
-        jnp.asarray(m.var, real),
+        jnp.asarray(m[1], real if isinstance(m, Moments) else dtype),
         jnp.asarray(m.count, real),
         jnp.asarray(m.remainder, dtype),
     )

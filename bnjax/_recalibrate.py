@@ -10,8 +10,9 @@ from jax import Array
 
 from bnjax._ema import ema
 from bnjax._inputs import check_ddof
-from bnjax._moments import Moments, merge
+from bnjax._moments import merge
 from bnjax._trees import (
+    AnyMoments,
     Stats,
     Tree,
     as_moments,
@@ -78,11 +79,12 @@ def recalibrate(
             stacklevel=2,
         )
 
-    def replace(stats: Stats, m: Moments) -> Stats:
+    def replace(stats: Stats, m: AnyMoments) -> Stats:
         fresh = as_moments({name: jnp.zeros_like(p) for name, p in stats.items()})
         exact = ema(fresh, m, momentum=0, ddof=ddof)
-        mean = jnp.where(m.count > 0, exact.mean, stats["mean"])
-        return stats | {"mean": mean, "var": jnp.where(m.count > ddof, exact.var, stats["var"])}
+        known = m.count > 0, m.count > ddof
+        new = zip(exact._fields, exact, known, strict=False)
+        return stats | {name: jnp.where(at, p, stats[name]) for name, p, at in new}
 
     return map_layers(replace, batch_stats, total)
 
@@ -97,7 +99,7 @@ def _add(total: Tree | None, moments: Tree) -> tuple[Tree, Array]:
     return jax.tree.map(lambda old, new: jnp.where(finite, new, old), total, merged), finite
 
 
-def _merge(a: Moments, b: Moments) -> Moments:
+def _merge(a: AnyMoments, b: AnyMoments) -> AnyMoments:
     return per_layer(merge, stacked_layers(b))(a, b)
 
 

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
+from bnjax._covariance import CovMoments
 from bnjax._ema import Momentum, ema
 from bnjax._moments import Moments, pmerge
 
 Tree = Any
 Path = tuple[str, ...]
-Stats = dict[str, Array]  # of one layer: mean and var, and steps where updates are counted
+Stats = dict[str, Array]  # of one layer: mean, var or cov, and steps where updates are counted
+AnyMoments = Moments | CovMoments
 Layers = dict[Path, Stats]
 
 
@@ -46,10 +48,10 @@ def update_stats(
       [1.75]
     """
 
-    def update(stats: Stats, m: Moments) -> Stats:
+    def update(stats: Stats, m: AnyMoments) -> Stats:
         steps = stats.get("steps")
         new = ema(as_moments(stats), m, momentum=momentum, steps=steps, debias=debias, ddof=ddof)
-        updated = {"mean": new.mean, "var": new.var}
+        updated = dict(zip(new._fields[:2], new[:2], strict=True))
         if steps is not None:
             updated["steps"] = steps + jnp.any(m.count > 0).astype(steps.dtype)
         return updated
@@ -85,8 +87,8 @@ def merge_stacked(tree: Tree) -> Tree:
     return restore({path: _merge_stats(stats) for path, stats in layers.items()})
 
 
-def _merge_parts(m: Moments) -> Moments:
-    m = Moments(*(jnp.broadcast_to(p, (len(m.mean), *jnp.shape(p)[1:])) for p in m))
+def _merge_parts(m: AnyMoments) -> AnyMoments:
+    m = type(m)(*(jnp.broadcast_to(p, (len(m.mean), *jnp.shape(p)[1:])) for p in m))
     across = jax.vmap(lambda m: pmerge(m, "parts"), axis_name="parts", out_axes=None)
     return per_layer(across, stacked_layers(m) - 1, axis=1)(m)
 
@@ -94,18 +96,18 @@ def _merge_parts(m: Moments) -> Moments:
 def _merge_stats(stats: Stats) -> Stats:
     mean, steps = stats["mean"], stats.get("steps")
     m = _merge_parts(as_moments(stats)._replace(count=jnp.ones(len(mean))))
-    merged = {name: getattr(m, name).astype(stats[name].dtype) for name in ("mean", "var")}
+    merged = {name: getattr(m, name).astype(stats[name].dtype) for name in m._fields[:2]}
     return merged | ({} if steps is None else {"steps": jnp.max(steps, 0)})
 
 
-def map_layers(f: Callable[[Stats, Moments], Any], batch_stats: Tree, moments: Tree) -> Tree:
+def map_layers(f: Callable[[Stats, AnyMoments], Any], batch_stats: Tree, moments: Tree) -> Tree:
     """f for each layer that has moments; the others stay."""
     layers, restore = split_layers(batch_stats)
     return restore(layers | zip_layers(f, layers, moments))
 
 
 def zip_layers(
-    f: Callable[[Stats, Moments], Any], layers: Layers, moments: Tree
+    f: Callable[[Stats, AnyMoments], Any], layers: Layers, moments: Tree
 ) -> dict[Path, Any]:
     """f of the statistics and the moments of each layer that has both."""
     results = {}
@@ -128,7 +130,7 @@ def per_layer(f: Callable[..., Any], stacked: int, axis: int = 0) -> Callable[..
     return f
 
 
-def stacked_layers(m: Moments) -> int:
+def stacked_layers(m: AnyMoments) -> int:
     """Along how many axes: a count is `[*features]` or, of each layer, a scalar."""
     return jnp.ndim(m.count) if jnp.ndim(m.count) < jnp.ndim(m.mean) else 0
 
@@ -147,7 +149,7 @@ def split_layers(batch_stats: Tree) -> tuple[Layers, Callable[[Layers], Tree]]:
     return layers, restore
 
 
-def moments_by_path(moments: Tree) -> dict[Path, Moments]:
+def moments_by_path(moments: Tree) -> dict[Path, AnyMoments]:
     """The moments of each layer, by the path of the layer."""
     leaves, _ = tree_flatten_with_path(moments, is_leaf=is_moments)
     paths = [path_of(keys) for keys, _ in leaves]
@@ -167,9 +169,11 @@ def name_of(path: Path) -> str:
 
 def is_moments(node: Any) -> bool:
     """Whether a node of a tree is one layer's moments."""
-    return isinstance(node, Moments)
+    return isinstance(node, AnyMoments)
 
 
-def as_moments(stats: Stats) -> Moments:
+def as_moments(stats: Stats) -> AnyMoments:
     """Running statistics, as `ema` takes them."""
+    if "cov" in stats:
+        return CovMoments(stats["mean"], stats["cov"])
     return Moments(stats["mean"], stats["var"])
