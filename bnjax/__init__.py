@@ -10,11 +10,11 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bnjax._covariance import CovMoments as CovMoments
+from bnjax._covariance import cov_moments as cov_moments
 from bnjax._drift import drift as drift
 from bnjax._drift import drift_table as drift_table
 from bnjax._ema import ema as ema
-from bnjax._covariance import CovMoments as CovMoments
-from bnjax._covariance import cov_moments as cov_moments
 from bnjax._moments import MOMENTS_NAME as MOMENTS_NAME
 from bnjax._moments import Moments as Moments
 from bnjax._moments import merge as merge

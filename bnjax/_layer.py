@@ -2,15 +2,16 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax._inputs import split_axes
-from bnjax._moments import Moments, moments
+from bnjax._moments import moments
 from bnjax._normalize import normalize
-from bnjax._trees import Stats, as_moments, update_stats
+from bnjax._trees import AnyMoments, Stats, as_moments, update_stats
 
 
 def call(
@@ -24,13 +25,15 @@ def call(
     *,
     use_running_average: bool,
     initializing: bool = False,
-) -> tuple[Array, Moments | None]:
+    measure: Callable[..., Any] = moments,
+    apply: Callable[..., Array] = normalize,
+) -> tuple[Array, Any]:
     """The output, and in training the moments. `layer` holds flax's fields and bnjax's."""
     if layer.pivot not in ("batch", "running"):
         raise ValueError(f"pivot is {layer.pivot!r}. Choose 'batch' or 'running'.")
     measured = None
     if not use_running_average and not (initializing and x.size == 0):
-        measured = moments(
+        measured = measure(
             x,
             feature_axis=layer.axis,
             where=mask,
@@ -40,7 +43,7 @@ def call(
         )
         if not initializing:
             _warn_of_single_values(x.shape, layer.axis, layer.axis_name)
-    y = normalize(
+    y = apply(
         x,
         as_moments(stats) if measured is None else measured,
         scale,
@@ -58,7 +61,7 @@ def counts_steps(layer: Any) -> bool:
     return layer.debias or layer.momentum is None or callable(layer.momentum)
 
 
-def remember(layer: Any, stats: Stats, m: Moments) -> Stats:
+def remember(layer: Any, stats: Stats, m: AnyMoments) -> Stats:
     """The running statistics after a training call."""
     return update_stats(stats, m, momentum=layer.momentum, debias=layer.debias, ddof=layer.ddof)
 

@@ -61,7 +61,7 @@ class Moments(NamedTuple):
         return 1
 
 
-M = TypeVar("M", Moments, "CovMoments")
+M = TypeVar("M", bound="Moments | CovMoments")
 
 
 def moments(

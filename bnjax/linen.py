@@ -1,22 +1,18 @@
-"""The Flax linen layer: flax's fields, variables and behaviour over bnjax's functions."""
+"""The Flax linen layers: flax's fields, variables and behaviour over bnjax's functions."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from flax.core.scope import DenyList
-from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Axes, Dtype, Initializer
 from jax import Array
 from jax.typing import ArrayLike
 
 from bnjax._ema import Momentum
-from bnjax._inputs import as_array, promote, split_axes
-from bnjax._layer import call, counts_steps, remember
-from bnjax._moments import AxisName, Moments, merge
-from bnjax._rounding import real_dtype
+from bnjax._linen import call_linen, unit_variance
+from bnjax._linen_whiten import DecorrelatedBatchNorm as DecorrelatedBatchNorm
+from bnjax._moments import AxisName
 
 
 class BatchNorm(nn.Module):
@@ -116,49 +112,4 @@ class BatchNorm(nn.Module):
           flax.errors.ModifyScopeVariableError: in training without
             `mutable=["batch_stats"]` (or `["moments"]`) in `apply`.
         """
-        use_running_average = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
-        x = as_array(x)
-        sizes = tuple(x.shape[i] for i in split_axes(self.axis, x.shape)[0])
-        kept = promote(x.dtype)
-        stats = {
-            "mean": self.variable("batch_stats", "mean", jnp.zeros, sizes, kept),
-            "var": self.variable("batch_stats", "var", jnp.ones, sizes, real_dtype(kept)),
-        }
-        if counts_steps(self):
-            stats["steps"] = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
-        running = {name: variable.value for name, variable in stats.items()}
-        scale = bias = None
-        if self.use_scale:
-            scale = self.param("scale", self.scale_init, sizes, self.param_dtype)
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, sizes, self.param_dtype)
-        with jax.numpy_dtype_promotion("standard"):
-            dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-        y, m = call(
-            self,
-            x,
-            running,
-            scale,
-            bias,
-            mask,
-            dtype,
-            use_running_average=use_running_average,
-            initializing=self.is_initializing(),
-        )
-        if m is None:
-            return y
-        emits = self._emits_moments()
-        if not emits or self.is_mutable_collection("batch_stats"):
-            for name, value in remember(self, running, m).items():
-                stats[name].value = value
-        if emits:
-            before: Moments | None = self.get_variable("moments", "moments")
-            self.put_variable("moments", "moments", m if before is None else merge(before, m))
-        return y
-
-    def _emits_moments(self) -> bool:
-        """Whether `apply` names the collection; `mutable=True` must give what flax gives."""
-        named = self.scope and not isinstance(self.scope.mutable, bool | DenyList)
-        return bool(named) and self.is_mutable_collection("moments")
+        return call_linen(self, x, use_running_average, mask, ("var", unit_variance))
