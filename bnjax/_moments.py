@@ -20,7 +20,7 @@ from bnjax._inputs import (
     read_mask,
     split_axes,
 )
-from bnjax._rounding import abs2, near, real_dtype, two_sum
+from bnjax._rounding import abs2, near, once, real_dtype, two_sum
 
 if TYPE_CHECKING:
     from bnjax._covariance import CovMoments
@@ -190,7 +190,7 @@ def _measure(
     count, n = _count(x.shape, w, features, reduced, real_dtype(dtype))
     if c is None:
         c = _mean(x.astype(dtype), w, n, reduced)
-    c, other = _saved((near(c, 1), near(c, 2)))
+    c, other = _saved((once(near(c, 1)), near(c, 2)))
     at = functools.partial(lax.expand_dims, dimensions=reduced)
     s1, s2 = _saved(_sums(x, at(c), at(other), w, reduced))
     return _about(Moments, c, s1 / n.astype(dtype) + (other - c), s2 / n, count, n)
@@ -240,7 +240,7 @@ def _sums(x: Array, c: Array, other: Array, w: Array | None, reduced: Shape) -> 
     x = x.astype(c.dtype)
     d = _finite(x - c, w)
     s1 = jnp.sum(_weigh(_finite(x - other, w), w), reduced)
-    return s1, jnp.sum(jnp.real(_weigh(d, w) * jnp.conj(d)), reduced)
+    return once(s1), once(jnp.sum(jnp.real(_weigh(d, w) * jnp.conj(d)), reduced))
 
 
 def _about(kind: type[M], c: Array, m1: Array, m2: Array, count: Array, n: Array) -> M:

@@ -20,7 +20,7 @@ from bnjax._inputs import (
     split_axes,
 )
 from bnjax._moments import MOMENTS_NAME, AxisName, Groups, Moments, _finite, moments
-from bnjax._rounding import real_dtype
+from bnjax._rounding import once, real_dtype
 
 
 def affine(
@@ -150,6 +150,7 @@ def _apply(
     about_c = Moments(at(mean - c), at(m.var), remainder=at(rest))
     scale, bias = (None if p is None else at(p) for p in (scale, bias))
     mul, add = affine(about_c, scale, bias, epsilon=epsilon)
+    mul, add = (once(p) if p.size < x.size else p for p in (mul, add))
     # A masked-out NaN is taken for the mean: its output is the bias, which asks nothing of x.
     d = _finite(x.astype(c.dtype) - at(c), w, about_c.mean + about_c.remainder)
     return (d * mul + add).astype(dtype)

@@ -34,6 +34,18 @@ def near(c: Array, drop: int = 1) -> Array:
     return rounded(c)
 
 
+def once(v: Array) -> Array:
+    """v, computed once for each feature and not again for each element.
+
+    XLA copies cheap arithmetic on features into its loops over all elements, where it can cost
+    more than reading x (tests/bench/NOTES.md). A division is too dear for that. By a one that
+    XLA cannot see it is exact, and remains a division, as does its derivative's.
+    """
+    if jnp.iscomplexobj(v):  # whose division is not exact
+        return v
+    return v / lax.optimization_barrier(jnp.ones_like(v))
+
+
 def abs2(z: Array) -> Array:
     """|z|^2, real."""
     return jnp.real(z * jnp.conj(z))
