@@ -56,9 +56,9 @@ def seconds_per_call(work: Work, repeats: int, queue: bool) -> float:
 
 
 def normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Well-scaled data: mean 0.5, standard deviation 2."""
-    noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    return noise * np.float32(2) + np.float32(0.5)
+    """Well-scaled data: mean 0.5, standard deviation 2; a million values, over and over."""
+    noise = np.random.default_rng(seed).standard_normal(1_000_003, np.float32)
+    return np.resize(noise * np.float32(2) + np.float32(0.5), shape)
 
 
 def cores() -> int:
