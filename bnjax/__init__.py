@@ -25,6 +25,7 @@ from bnjax._normalize import batch_norm as batch_norm
 from bnjax._normalize import convs_and_dots_saveable as convs_and_dots_saveable
 from bnjax._normalize import normalize as normalize
 from bnjax._recalibrate import recalibrate as recalibrate
+from bnjax._renorm import batch_renorm as batch_renorm
 from bnjax._trees import merge_stacked as merge_stacked
 from bnjax._trees import update_stats as update_stats
 from bnjax._whiten import whiten as whiten

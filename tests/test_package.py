@@ -15,6 +15,7 @@ PUBLIC = {
     "Moments",
     "affine",
     "batch_norm",
+    "batch_renorm",
     "convs_and_dots_saveable",
     "drift",
     "drift_table",
