@@ -1,7 +1,8 @@
 """One training step on the whole batch, laid out over eight devices in every way JAX has.
 
 Each layout takes and returns whole arrays: `layout(x, dy, where, scale, bias)` gives the output,
-the gradients of sum(dy * y), and the moments that each replica measured.
+the gradients of sum(dy * y), and the moments that each replica measured. `apply` may stand in for
+`bnjax.batch_norm`.
 """
 
 import functools
@@ -18,12 +19,9 @@ DEVICES = 8
 AXIS = "replicas"
 
 
-def step(x, dy, where, scale, bias, axis_name=None):
+def step(x, dy, where, scale, bias, axis_name=None, apply=bnjax.batch_norm):
     """On one replica: (y, dx, dscale, dbias, moments)."""
-
-    def apply(x, scale, bias):
-        return bnjax.batch_norm(x, scale, bias, where=where, axis_name=axis_name)
-
+    apply = functools.partial(apply, where=where, axis_name=axis_name)
     y, pull, m = jax.vjp(apply, x, scale, bias, has_aux=True)
     return y, *pull(dy), m
 
@@ -40,8 +38,8 @@ def _whole(result):
 
 
 def _mapped(transform):
-    def layout(x, dy, where, scale, bias):
-        f = functools.partial(step, axis_name=AXIS)
+    def layout(x, dy, where, scale, bias, **applied):
+        f = functools.partial(step, axis_name=AXIS, **applied)
         axes = (0, 0, None if where is None else 0, None, None)
         f = transform(f, in_axes=axes, axis_name=AXIS)
         return _whole(f(*map(_shard, (x, dy, where)), scale, bias))
@@ -50,9 +48,9 @@ def _mapped(transform):
 
 
 def _shard_map(check_vma):
-    def layout(x, dy, where, scale, bias):
+    def layout(x, dy, where, scale, bias, **applied):
         def replica(x, dy, where, scale, bias):
-            y, dx, dscale, dbias, m = step(x, dy, where, scale, bias, AXIS)
+            y, dx, dscale, dbias, m = step(x, dy, where, scale, bias, AXIS, **applied)
             if not check_vma:  # with the check JAX adds up the gradients of shared parameters
                 dscale, dbias = jax.lax.psum((dscale, dbias), AXIS)
             return y, dx, dscale, dbias, m
@@ -72,13 +70,13 @@ def _shard_map(check_vma):
 
 
 def _jit(axis_type):
-    def layout(x, dy, where, scale, bias):
+    def layout(x, dy, where, scale, bias, **applied):
         mesh = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(axis_type,))
         over, whole = NamedSharding(mesh, P(AXIS)), NamedSharding(mesh, P())
         shardings = over, over, None if where is None else over, whole, whole
         with jax.set_mesh(mesh):
             args = jax.tree.map(jax.device_put, (x, dy, where, scale, bias), shardings)
-            return jax.jit(step)(*args)
+            return jax.jit(functools.partial(step, **applied))(*args)
 
     return layout
 

@@ -1,0 +1,364 @@
+"""Batch renormalization against the formulas of Ioffe (2017), written out in NumPy."""
+
+import functools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import layouts
+import numpy as np
+import pytest
+import reference
+from layouts import LAYOUTS
+from test_inputs import assert_refused
+
+import bnjax
+from bnjax import Moments
+
+WIDE = {"r_max": np.inf, "d_max": np.inf}
+NONE = {"r_max": 1.0, "d_max": 0.0}
+LIMITS = {"r_max": 1.2, "d_max": 0.3}
+
+
+# The reference: section 3 of the paper
+
+
+class Renormed(NamedTuple):
+    y: np.ndarray
+    dx: np.ndarray
+    dscale: np.ndarray
+    dbias: np.ndarray
+    r: np.ndarray
+    d: np.ndarray
+
+
+def renorm(x, mean, var, scale, bias, dy, *, r_max, d_max, w=None, epsilon=1e-5):
+    """Algorithm 1, and the paper's derivatives, over the first axis. w: weights of the rows."""
+    x, mean, var, scale, bias, dy = map(reference.wide, (x, mean, var, scale, bias, dy))
+    share = np.ones((len(x), 1)) if w is None else reference.wide(w)
+    share = share / share.sum(0)
+    x_less_mu = x - (share * x).sum(0)
+    x_less_mu = x_less_mu - (share * x_less_mu).sum(0)
+    mu_b_less_mu = (share * (x - mean)).sum(0)
+    sigma_b = np.sqrt((share * x_less_mu**2).sum(0) + reference.wide(epsilon))
+    sigma = np.sqrt(var + reference.wide(epsilon))
+    r = np.clip(sigma_b / sigma, 1 / reference.wide(r_max), r_max)
+    d = np.clip(mu_b_less_mu / sigma, -d_max, d_max)
+    x_hat = x_less_mu / sigma_b * r + d
+    dx_hat = dy * scale
+    dsigma_b = (dx_hat * x_less_mu * -r / sigma_b**2).sum(0)
+    dmu_b = (dx_hat * -r / sigma_b).sum(0)
+    dx = dx_hat * r / sigma_b + dsigma_b * share * x_less_mu / sigma_b + dmu_b * share
+    return Renormed(x_hat * scale + bias, dx, (dy * x_hat).sum(0), dy.sum(0), r, d)
+
+
+def pull_back(x, running, scale, bias, dy, **settings):
+    """y, the gradients of sum(dy * y), and the batch's moments."""
+
+    def apply(x, scale, bias):
+        return bnjax.batch_renorm(x, running, scale, bias, **settings)
+
+    y, pull, m = jax.vjp(apply, x, scale, bias, has_aux=True)
+    return y, *pull(dy), m
+
+
+def largest_error(actual, expected):
+    return np.max(np.abs(reference.wide(actual) - expected))
+
+
+def batch(rows=33, features=8, ratio=0.0, dtype=np.float32, seed=0):
+    """x, scale, bias and dy. The features differ in mean and standard deviation."""
+    rng = np.random.default_rng(seed)
+    x, dy = rng.standard_normal((2, rows, features))
+    x = ratio + x * np.linspace(0.5, 2, features) + np.linspace(-1, 1, features)
+    scale, bias = 1 + rng.standard_normal((2, features)) / 4
+    return tuple(a.astype(dtype) for a in (x, scale, bias, dy))
+
+
+def start(features=8, dtype=np.float32):
+    return Moments(np.zeros(features, dtype), np.ones(features, dtype))
+
+
+# Values
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)])
+def test_twenty_steps_equal_the_paper(dtype, tolerance, weighted):
+    """The limits open from 1 and 0, and bind ever less; each step sees new data."""
+    clipped, free = 0, 0
+    mean, var = np.zeros(8, np.longdouble), np.ones(8, np.longdouble)
+    with jax.enable_x64(dtype == np.float64):
+        running = start(dtype=dtype)
+        step = jax.jit(pull_back)
+        for i in range(20):
+            r_max, d_max = 1 + 0.5 * i / 19, i / 19
+            x, scale, bias, dy = batch(dtype=dtype, seed=i)
+            w = np.random.default_rng(i).random((33, 1)).astype(dtype) if weighted else None
+            expected = renorm(x, mean, var, scale, bias, dy, r_max=r_max, d_max=d_max, w=w)
+            out = step(
+                x, running, scale, bias, dy,
+                r_max=jnp.asarray(r_max, dtype), d_max=jnp.asarray(d_max, dtype), where=w,
+            )  # fmt: skip
+            *found, m = out
+            for actual, right in zip(found, expected, strict=False):
+                assert largest_error(actual, right) <= tolerance * np.abs(right).max()
+            measured = reference.moments(x, where=w)
+            mean = 0.9 * mean + np.longdouble(0.1) * measured.mean
+            var = 0.9 * var + np.longdouble(0.1) * measured.var
+            running = bnjax.ema(running, m, momentum=0.9)
+            chex.assert_type([*out[0:4], running.mean, running.var], dtype)
+            assert largest_error(running.mean, mean) <= tolerance
+            assert largest_error(running.var, var) <= tolerance
+            inside = (expected.r > 1 / r_max) & (expected.r < r_max) & (abs(expected.d) < d_max)
+            clipped, free = clipped + np.sum(~inside), free + np.sum(inside)
+    assert min(clipped, free) > 40  # of 160 features and steps
+
+
+@pytest.mark.parametrize("where", [None, np.arange(33)[:, None] < 20], ids=["all", "mask"])
+def test_without_correction_it_is_batch_norm(where):
+    x, scale, bias, dy = batch()
+    running = Moments(np.full(8, 3, np.float32), np.full(8, 0.1, np.float32))
+    *found, m = pull_back(x, running, scale, bias, dy, where=where, **NONE)
+
+    def batch_norm(x, scale, bias):
+        return bnjax.batch_norm(x, scale, bias, where=where)
+
+    y, pull, same = jax.vjp(batch_norm, x, scale, bias, has_aux=True)
+    chex.assert_trees_all_equal(m, same)
+    chex.assert_trees_all_close(found, [y, *pull(dy)], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("jit", [False, True])
+def test_with_wide_limits_it_is_inference_at_every_mean_to_std(jit, ratio):
+    x, scale, bias, dy = batch(4099, ratio=ratio)
+    running = Moments(np.full(8, ratio, np.float32), np.full(8, 1.5, np.float32))
+    f = functools.partial(pull_back, **WIDE)
+    y, dx, *_ = (jax.jit(f) if jit else f)(x, running, scale, bias, dy)
+    assert largest_error(y, reference.normalize(x, running.mean, running.var, scale, bias)) <= 4e-6
+    expected = renorm(x, running.mean, running.var, scale, bias, dy, **WIDE)
+    assert largest_error(dx, expected.dx) <= 5e-6
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_the_remainder_of_the_running_mean_counts(jit):
+    """float32 holds numbers near 1e6 to 0.06 only; the running mean's remainder has the rest."""
+    x, _, _, _ = batch(4099, ratio=1e6)
+    running = Moments(np.full(8, 1e6, np.float32), np.ones(8), 0.0, np.full(8, 0.02, np.float32))
+    running = running._replace(var=running.var.astype(np.float32))
+    f = functools.partial(bnjax.batch_renorm, **WIDE)
+    y, _ = (jax.jit(f) if jit else f)(x, running)
+    mean = reference.wide(running.mean) + reference.wide(running.remainder)
+    assert largest_error(y, reference.normalize(x, mean, running.var)) <= 4e-6
+
+
+def test_running_statistics_are_constants():
+    x, scale, bias, dy = batch()
+
+    def output(running):
+        return jnp.sum(dy * bnjax.batch_renorm(x, running, scale, bias, **LIMITS)[0])
+
+    grads = jax.grad(output)(start())
+    chex.assert_trees_all_equal((grads.mean, grads.var), (np.zeros(8, np.float32),) * 2)
+
+
+@pytest.mark.parametrize("limits", [NONE, LIMITS, WIDE], ids=["none", "limits", "wide"])
+@pytest.mark.parametrize("var", [0.0, 1.0])
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e4])
+def test_a_constant_channel_has_finite_outputs_and_gradients(value, var, limits):
+    x = np.full((6, 2), value, np.float32)
+    running = Moments(np.zeros(2, np.float32), np.full(2, var, np.float32))
+    ones = np.ones(2, np.float32)
+    found = jax.jit(functools.partial(pull_back, **limits))(x, running, ones, ones, x)
+    chex.assert_tree_all_finite(found)
+    expected = renorm(x, running.mean, running.var, ones, ones, x, **limits)
+    assert largest_error(found[0], expected.y) <= 1e-6 * np.abs(expected.y).max()
+
+
+def test_features_on_other_axes():
+    x = np.random.default_rng(0).standard_normal((4, 3, 5, 2)).astype(np.float32)
+    running = Moments(np.ones((3, 2), np.float32), np.full((3, 2), 2, np.float32))
+    scale = np.full((3, 2), 2, np.float32)
+    y, m = bnjax.batch_renorm(x, running, scale, feature_axis=(1, -1), **LIMITS)
+    flat = x.transpose(0, 2, 1, 3).reshape(20, 6)
+    flat_running = Moments(running.mean.reshape(6), running.var.reshape(6))
+    same, _ = bnjax.batch_renorm(flat, flat_running, scale.reshape(6), **LIMITS)
+    chex.assert_shape(m.mean, (3, 2))
+    same = same.reshape(4, 5, 3, 2).transpose(0, 2, 1, 3)
+    np.testing.assert_allclose(y, same, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(33, 1), (1, 8), (33, 8)])
+def test_scale_and_bias_for_each_example(shape):
+    x, _, _, dy = batch()
+    scale, bias = np.random.default_rng(1).standard_normal((2, *shape)).astype(np.float32)
+    y, dx, *_ = pull_back(x, start(), scale, bias, dy, **LIMITS)
+    expected = renorm(x, np.zeros(8), np.ones(8), scale, bias, dy, **LIMITS)
+    assert largest_error(y, expected.y) <= 1e-5
+    assert largest_error(dx, expected.dx) <= 1e-5
+
+
+@pytest.mark.parametrize("given", [(True, False), (False, True), (False, False)])
+def test_scale_and_bias_may_be_left_out(given):
+    x, scale, bias, dy = batch()
+    scale, bias = scale if given[0] else None, bias if given[1] else None
+    y, _ = bnjax.batch_renorm(x, start(), scale, bias, **LIMITS)
+    ones, zeros = np.ones(8), np.zeros(8)
+    scale, bias = ones if scale is None else scale, zeros if bias is None else bias
+    assert largest_error(y, renorm(x, zeros, ones, scale, bias, dy, **LIMITS).y) <= 1e-5
+
+
+# Masks, replicas, dtypes, memory
+
+
+def test_a_mask_is_deletion_and_hides_nan():
+    x, scale, bias, dy = batch()
+    keep = np.arange(33) % 3 > 0
+    dirty = np.where(keep[:, None], x, np.nan)
+    y, dx, dscale, dbias, m = pull_back(
+        dirty, start(), scale, bias, np.where(keep[:, None], dy, 0), where=keep[:, None], **LIMITS
+    )
+    expected = pull_back(x[keep], start(), scale, bias, dy[keep], **LIMITS)
+    found = y[keep], dx[keep], dscale, dbias, m
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
+    chex.assert_tree_all_finite((y, dx))
+
+
+def test_a_wholly_masked_batch_is_finite():
+    x, scale, bias, dy = batch()
+    found = pull_back(x, start(), scale, bias, dy, where=np.zeros((33, 1), bool), **LIMITS)
+    chex.assert_tree_all_finite(found)
+    kept = bnjax.ema(start(), found[-1], momentum=0.9)
+    chex.assert_trees_all_equal((kept.mean, kept.var), start()[:2])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_eight_devices_equal_one(layout):
+    x, dy, scale, bias = layouts.batch(ratio=2.0)
+    where = layouts.cases()["one replica masked"]
+    apply = functools.partial(bnjax.batch_renorm, running=start(6), **LIMITS)
+
+    def with_running_second(x, scale, bias, **settings):
+        return apply(x, scale=scale, bias=bias, **settings)
+
+    whole = layouts.step(x, dy, where, scale, bias, apply=with_running_second)
+    parts = layout(x, dy, where, scale, bias, apply=with_running_second)
+    chex.assert_trees_all_close(
+        jax.tree.map(np.asarray, parts), jax.tree.map(np.asarray, whole), rtol=1e-5, atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_the_output_has_the_dtype_of_the_input(dtype):
+    x, scale, bias, _ = batch()
+    x = jnp.asarray(x, dtype)
+    y, m = bnjax.batch_renorm(x, start(), scale, bias, **LIMITS)
+    chex.assert_type([y, m.mean], [dtype, jnp.float32])
+    exact = renorm(x, np.zeros(8), np.ones(8), scale, bias, np.ones((33, 8)), **LIMITS).y
+    assert largest_error(y, exact) <= 4 * float(jnp.finfo(dtype).eps) * np.abs(exact).max()
+    assert bnjax.batch_renorm(x, start(), dtype=jnp.float32, **LIMITS)[0].dtype == jnp.float32
+
+
+def test_complex_input_is_corrected_along_the_difference_of_the_means():
+    x = np.array([[3 + 3j], [3 + 5j], [3 + 4j]], np.complex64)  # mean 3 + 4j, 5 from the origin
+    running = Moments(np.zeros(1, np.complex64), np.ones(1, np.float32))
+    y, _ = bnjax.batch_renorm(x, running, r_max=1.0, d_max=2.0, epsilon=1e-12)
+    expected = (x - (3 + 4j)) / np.sqrt(2 / 3) + 2 * (3 + 4j) / 5
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_it_keeps_its_input_and_vectors_only(dtype):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 16, 8)), dtype)
+    ones = jnp.ones(8)
+    f = jax.jit(lambda x: bnjax.batch_renorm(x, start(), ones, ones, **LIMITS)[0])
+    _, backward = jax.vjp(f, x)
+    buffers = {a.unsafe_buffer_pointer(): a.nbytes for a in jax.tree.leaves(backward)}
+    assert sum(buffers.values()) <= x.nbytes + 16 * 8 * 4
+
+
+def test_scan_over_steps_and_vmap_over_seeds():
+    """As reinforcement learners train: limits that change by step, several seeds at once."""
+    seeds, steps = 3, 6
+    x = np.random.default_rng(0).standard_normal((seeds, steps, 16, 8)).astype(np.float32) + 1
+
+    def learn(x):
+        def step(carry, x):
+            running, i = carry
+            open_now = i >= 3
+            y, m = bnjax.batch_renorm(
+                x,
+                running,
+                r_max=jnp.where(open_now, 3.0, 1.0),
+                d_max=jnp.where(open_now, 5.0, 0.0),
+            )
+            return (bnjax.ema(running, m, momentum=0.9), i + 1), y
+
+        (running, _), y = jax.lax.scan(step, (jax.tree.map(jnp.asarray, start()), 0), x)
+        return running, y
+
+    running, y = jax.jit(jax.vmap(learn))(x)
+    for seed in range(seeds):
+        mean, var = np.zeros(8), np.ones(8)
+        for i in range(steps):
+            limits = {"r_max": 3.0, "d_max": 5.0} if i >= 3 else NONE
+            expected = renorm(x[seed, i], mean, var, 1, 0, x[seed, i], **limits).y
+            assert largest_error(y[seed, i], expected) <= 1e-5
+            mean = 0.9 * mean + 0.1 * x[seed, i].mean(0, np.float64)
+            var = 0.9 * var + 0.1 * x[seed, i].var(0, np.float64)
+        assert largest_error(running.mean[seed], mean) <= 1e-6
+        assert largest_error(running.var[seed], var) <= 1e-6
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("r_max", [0.5, np.nan, jnp.float32(0.5)])
+def test_r_max_below_one(r_max):
+    x, *_ = batch()
+    assert_refused(
+        lambda: bnjax.batch_renorm(x, start(), r_max=r_max, d_max=0.0),
+        f"r_max is {r_max}, but the correction r stays between 1 / r_max and r_max. "
+        "Choose a number from 1 (no correction) upwards, such as 3.",
+    )
+
+
+def test_negative_d_max():
+    x, *_ = batch()
+    assert_refused(
+        lambda: bnjax.batch_renorm(x, start(), r_max=1.0, d_max=-1),
+        "d_max is -1, but the correction d stays between -d_max and d_max. "
+        "Choose a number from 0 (no correction) upwards, such as 5.",
+    )
+
+
+@pytest.mark.parametrize("name", ["mean", "var"])
+def test_running_statistics_of_another_shape(name):
+    x, *_ = batch()
+    running = start()._replace(**{name: np.ones(3, np.float32)})
+    assert_refused(
+        lambda: bnjax.batch_renorm(x, running, **LIMITS),
+        f"running.{name} has shape (3,), but the features of x have shape (8,). "
+        "Give one value for each feature.",
+    )
+
+
+@pytest.mark.parametrize("name", ["scale", "bias"])
+def test_scale_or_bias_of_another_shape(name):
+    x, *_ = batch()
+    assert_refused(
+        lambda: bnjax.batch_renorm(x, start(), **{name: np.ones(3, np.float32)}, **LIMITS),
+        f"{name} has shape (3,), but x has shape (33, 8) and features of shape (8,). "
+        "Give one value for each feature, or an array of x's rank that broadcasts to x.",
+    )
+
+
+def test_epsilon_that_is_not_positive():
+    x, *_ = batch()
+    assert_refused(
+        lambda: bnjax.batch_renorm(x, start(), epsilon=0.0, **LIMITS),
+        "epsilon is 0.0, but it keeps the variance away from zero. "
+        "Choose a positive number, such as 1e-5.",
+    )
