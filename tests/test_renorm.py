@@ -250,6 +250,23 @@ def test_eight_devices_equal_one(layout):
     )
 
 
+def test_groups_of_replicas_share():
+    x, *_ = batch(32)
+    groups = [[0, 1, 2, 3], [4, 5, 6, 7]]
+    f = functools.partial(bnjax.batch_renorm, axis_name="i", axis_index_groups=groups, **LIMITS)
+    y, _ = jax.pmap(lambda x: f(x, start()), axis_name="i")(x.reshape(8, 4, 8))
+    halves = [bnjax.batch_renorm(half, start(), **LIMITS)[0] for half in (x[:16], x[16:])]
+    np.testing.assert_allclose(y.reshape(32, 8), np.concatenate(halves), atol=1e-5)
+
+
+def test_the_pivot_is_that_of_moments():
+    x, *_ = batch()
+    pivot = np.full(8, 1e3, np.float32)  # so far away that it shows
+    _, m = bnjax.batch_renorm(x, start(), pivot=pivot, **LIMITS)
+    chex.assert_trees_all_equal(m, bnjax.moments(x, pivot=pivot))
+    assert jnp.all(m.var != bnjax.moments(x).var)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_the_output_has_the_dtype_of_the_input(dtype):
     x, scale, bias, _ = batch()
