@@ -1,5 +1,6 @@
 """What a layer does in one call, for linen and NNX alike: choose the moments, apply, remember."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -8,10 +9,14 @@ from typing import Any
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
+from bnjax._ghost import in_ghosts
 from bnjax._inputs import split_axes
-from bnjax._moments import moments
+from bnjax._moments import Moments, moments, pmerge
 from bnjax._normalize import normalize
+from bnjax._renorm import renormalize
 from bnjax._trees import AnyMoments, Stats, as_moments, update_stats
+
+Limit = ArrayLike | Callable[[ArrayLike], ArrayLike]
 
 
 def call(
@@ -31,34 +36,41 @@ def call(
     """The output, and in training the moments. `layer` holds flax's fields and bnjax's."""
     if layer.pivot not in ("batch", "running"):
         raise ValueError(f"pivot is {layer.pivot!r}. Choose 'batch' or 'running'.")
-    measured = None
-    if not use_running_average and not (initializing and x.size == 0):
-        measured = measure(
-            x,
-            feature_axis=layer.axis,
-            where=mask,
-            axis_name=None if initializing else layer.axis_name,
-            axis_index_groups=layer.axis_index_groups,
-            pivot=stats["mean"] if layer.pivot == "running" and not initializing else None,
-        )
-        if not initializing:
-            _warn_of_single_values(x.shape, layer.axis, layer.axis_name)
-    y = apply(
-        x,
-        as_moments(stats) if measured is None else measured,
-        scale,
-        bias,
-        feature_axis=layer.axis,
-        where=mask,
-        epsilon=layer.epsilon,
-        dtype=dtype,
-    )
-    return y, None if initializing else measured
+    settings = {"feature_axis": layer.axis, "epsilon": layer.epsilon, "dtype": dtype}
+    if use_running_average or (initializing and x.size == 0):
+        return apply(x, as_moments(stats), scale, bias, where=mask, **settings), None
+    if hasattr(layer, "r_max"):
+        running = Moments(stats["mean"], stats["var"])
+        apply = functools.partial(renormalize, running=running, **_limits(layer, stats))
+
+    def train(x: Array, mask: ArrayLike | None, **shared: Any) -> tuple[Array, Any]:
+        m = measure(x, feature_axis=layer.axis, where=mask, **shared)
+        return apply(x, m, scale, bias, where=mask, **settings), m
+
+    if initializing:
+        return train(x, mask)[0], None
+    pivot = stats["mean"] if layer.pivot == "running" else None
+    shared = {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
+    size = getattr(layer, "ghost_batch_size", None)
+    if size is None:
+        y, m = train(x, mask, pivot=pivot, **shared)
+        _warn_of_single_values(x.shape, layer.axis, layer.axis_name)
+        return y, m
+    y, m = in_ghosts(functools.partial(train, pivot=pivot), x, mask, size, layer.axis)
+    _warn_of_single_values((size, *x.shape[1:]), layer.axis, None)
+    return y, m if layer.axis_name is None else pmerge(m, **shared)
+
+
+def _limits(layer: Any, stats: Stats) -> dict[str, Any]:
+    """Those of batch renormalization at this step."""
+    limits = {"r_max": layer.r_max, "d_max": layer.d_max}
+    return {name: p(stats["steps"]) if callable(p) else p for name, p in limits.items()}
 
 
 def counts_steps(layer: Any) -> bool:
-    """Whether the running average of the layer depends on the number of updates before."""
-    return layer.debias or layer.momentum is None or callable(layer.momentum)
+    """Whether something in the layer depends on the number of updates before."""
+    limits = getattr(layer, "r_max", None), getattr(layer, "d_max", None)
+    return layer.debias or layer.momentum is None or any(map(callable, (layer.momentum, *limits)))
 
 
 def remember(layer: Any, stats: Stats, m: AnyMoments) -> Stats:

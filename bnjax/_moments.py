@@ -252,6 +252,26 @@ def _about(kind: type[M], c: Array, m1: Array, m2: Array, count: Array, n: Array
     return kind(mean, second, count, remainder)
 
 
+def merge_parts(m: M) -> M:
+    """`merge` along the first axis, which may be sharded: `pmerge` with sums for collectives."""
+
+    def at(p: Array, like: Array) -> Array:
+        """p with the rank of the other: one count may be all features'."""
+        return p.reshape(p.shape + (1,) * (like.ndim - p.ndim)).astype(like.dtype)
+
+    n = at(m.count, m.mean)
+    s, total = (jnp.sum(p, 0, keepdims=True) for p in lax.stop_gradient((n * m.mean, n)))
+    pivot = near(s / jnp.where(total != 0, total, 1))
+    delta = (m.mean - pivot) + at(m.remainder, m.mean)
+    second = m[1] + m._square(delta, m[1])
+    s1, s2 = jnp.sum(n * delta, 0), jnp.sum(at(m.count, second) * second, 0)
+    count = jnp.sum(m.count, 0)
+    n = jnp.where(count > 0, count, 1)
+    return _about(
+        type(m), pivot.squeeze(0), s1 / n.astype(s1.dtype), s2 / n.astype(s2.dtype), count, n
+    )
+
+
 def _pmerge(m: M, axis_name: AxisName, groups: Groups, pivot: Array | None) -> M:
     n = m.count.astype(m.mean.dtype)
     if pivot is None:

@@ -82,6 +82,45 @@ def batch_renorm(
       >>> print(y[:, 0].round(2))  # as with batch_norm
       [-1.  1.]
     """
+    m = moments(
+        x,
+        feature_axis=feature_axis,
+        where=where,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        pivot=pivot,
+    )
+    y = renormalize(
+        x,
+        m,
+        scale,
+        bias,
+        running=running,
+        r_max=r_max,
+        d_max=d_max,
+        feature_axis=feature_axis,
+        where=where,
+        epsilon=epsilon,
+        dtype=dtype,
+    )
+    return y, m
+
+
+def renormalize(
+    x: ArrayLike,
+    m: Moments,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    *,
+    running: Moments,
+    r_max: ArrayLike,
+    d_max: ArrayLike,
+    feature_axis: Axes,
+    where: ArrayLike | None,
+    epsilon: ArrayLike,
+    dtype: DTypeLike | None,
+) -> Array:
+    """`normalize` with the batch's moments, corrected towards the running ones."""
     x = as_array(x)
     features, reduced = split_axes(feature_axis, x.shape)
     sizes = tuple(x.shape[i] for i in features)
@@ -92,23 +131,14 @@ def batch_renorm(
     check_epsilon(epsilon)
     check_features("running.mean", jnp.shape(running.mean), sizes)
     check_features("running.var", jnp.shape(running.var), sizes)
-    check_limits(r_max, d_max)
-    m = moments(
-        x,
-        feature_axis=feature_axis,
-        where=where,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        pivot=pivot,
-    )
-    scale, bias = corrected(m, running, scale, bias, r_max, d_max, epsilon, reduced)
-    y = normalize(
+    _check_limits(r_max, d_max)
+    scale, bias = _corrected(m, running, scale, bias, r_max, d_max, epsilon, reduced)
+    return normalize(
         x, m, scale, bias, feature_axis=feature_axis, where=where, epsilon=epsilon, dtype=dtype
     )
-    return y, m
 
 
-def check_limits(r_max: ArrayLike, d_max: ArrayLike) -> None:
+def _check_limits(r_max: ArrayLike, d_max: ArrayLike) -> None:
     """Refuses limits that leave no room for r = 1 and d = 0, where their values are known."""
     if is_static(r_max) and not np.asarray(r_max) >= 1:
         raise ValueError(
@@ -123,7 +153,7 @@ def check_limits(r_max: ArrayLike, d_max: ArrayLike) -> None:
 
 
 @functools.partial(jax.jit, static_argnames="reduced")
-def corrected(
+def _corrected(
     m: Moments,
     running: Moments,
     scale: Array | None,

@@ -10,7 +10,7 @@ from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
 from bnjax._covariance import CovMoments
 from bnjax._ema import Momentum, ema
-from bnjax._moments import Moments, pmerge
+from bnjax._moments import Moments, merge_parts
 
 Tree = Any
 Path = tuple[str, ...]
@@ -89,8 +89,7 @@ def merge_stacked(tree: Tree) -> Tree:
 
 def _merge_parts(m: AnyMoments) -> AnyMoments:
     m = type(m)(*(jnp.broadcast_to(p, (len(m.mean), *jnp.shape(p)[1:])) for p in m))
-    across = jax.vmap(lambda m: pmerge(m, "parts"), axis_name="parts", out_axes=None)
-    return per_layer(across, stacked_layers(m) - 1, axis=1)(m)
+    return per_layer(merge_parts, stacked_layers(m) - 1, axis=1)(m)
 
 
 def _merge_stats(stats: Stats) -> Stats:

@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from bnjax._ema import Momentum
+from bnjax._layer import Limit
 from bnjax._linen import call_linen, unit_variance
 from bnjax._linen_whiten import DecorrelatedBatchNorm as DecorrelatedBatchNorm
 from bnjax._moments import AxisName
@@ -55,6 +56,9 @@ class BatchNorm(nn.Module):
         collective less, accurate once the running mean is within a few standard deviations.
       debias: whether the average forgets the zeros and ones that it started with, as in `ema`.
       ddof: 1 to remember the unbiased variance, as PyTorch does.
+      ghost_batch_size: how many consecutive examples of the first axis are normalized together
+        in training, by statistics of their own, never with another replica's (Hoffer et al.,
+        2017). The running statistics take the merge of all. By default the whole batch.
 
     Example:
       >>> import bnjax, jax, jax.numpy as jnp
@@ -87,6 +91,7 @@ class BatchNorm(nn.Module):
     pivot: Literal["batch", "running"] = "batch"
     debias: bool = False
     ddof: int = 0
+    ghost_batch_size: int | None = None
 
     @nn.compact
     def __call__(
@@ -113,3 +118,36 @@ class BatchNorm(nn.Module):
             `mutable=["batch_stats"]` (or `["moments"]`) in `apply`.
         """
         return call_linen(self, x, use_running_average, mask, ("var", unit_variance))
+
+
+class BatchRenorm(BatchNorm):
+    """Batch renormalization (Ioffe, 2017), for batches that are small or not i.i.d.
+
+    `BatchNorm` but for the output in training, which is corrected towards what the running
+    statistics would give, within the limits `r_max` and `d_max`; see `bnjax.batch_renorm`. The
+    variables are the same, and where a limit is a schedule `batch_stats/steps` counts.
+
+    The running statistics must be near before limits may be wide. Ioffe trains with r_max = 1
+    and d_max = 0 at first, then opens them; reinforcement learners (CrossQ: Bhatt et al., 2024)
+    jump to 3 and 5, with `optax.join_schedules`.
+
+    Attributes:
+      r_max: at least 1: r is clipped to [1 / r_max, r_max]; or a schedule, a function of the
+        steps.
+      d_max: at least 0: d is clipped to [-d_max, d_max]; or a schedule.
+
+    Example:
+      >>> import bnjax, jax, jax.numpy as jnp, optax
+      >>> layer = bnjax.linen.BatchRenorm(
+      ...     r_max=optax.linear_schedule(1.0, 3.0, transition_steps=3000, transition_begin=1000),
+      ...     d_max=optax.linear_schedule(0.0, 5.0, transition_steps=3000, transition_begin=1000))
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> variables = layer.init(jax.random.key(0), x, use_running_average=False)
+      >>> y, updates = layer.apply(
+      ...     variables, x, use_running_average=False, mutable=["batch_stats"])
+      >>> print(y[:, 0].round(2), updates["batch_stats"]["steps"])
+      [-1.  1.] 1
+    """
+
+    r_max: Limit = 3.0
+    d_max: Limit = 5.0

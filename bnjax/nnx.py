@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from bnjax._ema import Momentum
 from bnjax._inputs import as_array, promote
-from bnjax._layer import call, counts_steps, remember
+from bnjax._layer import Limit, call, counts_steps, remember
 from bnjax._moments import AxisName, Moments, merge
 from bnjax._rounding import real_dtype
 
@@ -67,6 +67,8 @@ class BatchNorm(nnx.Module):
       debias: whether the average forgets the zeros and ones that it started with, as in `ema`.
       ddof: 1 to remember the unbiased variance, as PyTorch does.
       emit: True to emit the moments besides remembering them, "only" to emit them instead.
+      ghost_batch_size: how many consecutive examples of the first axis are normalized together
+        in training, as in `bnjax.linen.BatchNorm`. By default the whole batch.
 
     Example:
       >>> import bnjax, jax.numpy as jnp
@@ -108,6 +110,7 @@ class BatchNorm(nnx.Module):
         debias: bool = False,
         ddof: int = 0,
         emit: bool | Literal["only"] = False,
+        ghost_batch_size: int | None = None,
     ) -> None:
         sizes = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
         kept = promote(param_dtype)
@@ -135,6 +138,7 @@ class BatchNorm(nnx.Module):
         self.debias = debias
         self.ddof = ddof
         self.emit = emit
+        self.ghost_batch_size = ghost_batch_size
         if counts_steps(self):
             self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
@@ -205,3 +209,38 @@ class BatchNorm(nnx.Module):
             self.use_running_average = use_running_average
         if emit is not None:
             self.emit = emit
+
+
+class BatchRenorm(BatchNorm):
+    """Batch renormalization (Ioffe, 2017), for batches that are small or not i.i.d.
+
+    The arithmetic and the advice are those of `bnjax.linen.BatchRenorm`. Beside `BatchNorm`'s
+    variables there is `steps` where a limit is a schedule.
+
+    Args:
+      num_features: as in `BatchNorm`.
+      r_max: at least 1: r is clipped to [1 / r_max, r_max]; or a schedule, a function of the
+        steps.
+      d_max: at least 0: d is clipped to [-d_max, d_max]; or a schedule.
+      fields: the keywords of `BatchNorm`.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> layer = bnjax.nnx.BatchRenorm(1, r_max=2.0, d_max=1.0, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.array([[1.0], [3.0]]))
+      >>> print(y[:, 0].round(2))  # -1 and 1, and d: the difference of the means, 2, clipped to 1
+      [0. 2.]
+    """
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        r_max: Limit = 3.0,
+        d_max: Limit = 5.0,
+        **fields: Any,
+    ) -> None:
+        self.r_max = r_max
+        self.d_max = d_max
+        super().__init__(num_features, **fields)

@@ -4,16 +4,20 @@ import functools
 from typing import NamedTuple
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import layouts
 import numpy as np
 import pytest
 import reference
+from flax import nnx
 from layouts import LAYOUTS
 from test_inputs import assert_refused
 
 import bnjax
+import bnjax.linen
+import bnjax.nnx
 from bnjax import Moments
 
 WIDE = {"r_max": np.inf, "d_max": np.inf}
@@ -327,6 +331,181 @@ def test_scan_over_steps_and_vmap_over_seeds():
             var = 0.9 * var + 0.1 * x[seed, i].var(0, np.float64)
         assert largest_error(running.mean[seed], mean) <= 1e-6
         assert largest_error(running.var[seed], var) <= 1e-6
+
+
+# The layers
+
+
+def open_late(start, end, at):
+    """A schedule as in optax, with a jump."""
+    return lambda steps: jnp.where(steps < at, start, end)
+
+
+FIELDS = {"momentum": 0.9, "r_max": open_late(1.0, 1.3, 3), "d_max": open_late(0.0, 0.4, 3)}
+
+
+def linen_steps(xs, scale, bias, **fields):
+    """The outputs of training on each of xs in turn, and the statistics after it."""
+    layer = bnjax.linen.BatchRenorm(use_running_average=False, **fields)
+    stats, ys = layer.init(jax.random.key(0), xs[0])["batch_stats"], []
+    for x in xs:
+        variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
+        y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+        stats = updates["batch_stats"]
+        ys.append(y)
+    return jnp.stack(ys), stats
+
+
+def nnx_steps(xs, scale, bias, *, jit=nnx.jit, **fields):
+    layer = bnjax.nnx.BatchRenorm(xs.shape[-1], rngs=nnx.Rngs(0), **fields)
+    layer.scale[...], layer.bias[...] = jnp.asarray(scale), jnp.asarray(bias)
+    step = jit(lambda layer, x: layer(x))
+    ys = jnp.stack([step(layer, x) for x in xs])
+    return ys, nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
+
+
+every_layer = pytest.mark.parametrize("steps", [linen_steps, nnx_steps])
+
+
+@pytest.mark.parametrize("ghost_batch_size", [None, 11])
+@every_layer
+def test_a_layer_counts_its_steps_and_opens_its_limits(steps, ghost_batch_size):
+    xs = np.stack([batch(seed=i)[0] for i in range(6)])
+    _, scale, bias, dy = batch()
+    ys, stats = steps(xs, scale, bias, ghost_batch_size=ghost_batch_size, **FIELDS)
+    mean, var = np.zeros(8, np.longdouble), np.ones(8, np.longdouble)
+    size = ghost_batch_size or 33
+    for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        limits = {"r_max": 1.3, "d_max": 0.4} if i >= 3 else NONE
+        for j in range(0, 33, size):
+            part = slice(j, j + size)
+            expected = renorm(x[part], mean, var, scale, bias, dy[part], **limits).y
+            assert largest_error(y[part], expected) <= 1e-5
+        whole = reference.moments(x)
+        mean = 0.9 * mean + np.longdouble(0.1) * whole.mean
+        var = 0.9 * var + np.longdouble(0.1) * whole.var
+    assert largest_error(stats["mean"], mean) <= 1e-6
+    assert largest_error(stats["var"], var) <= 1e-6
+    assert stats["steps"] == 6
+    chex.assert_type(stats["steps"], jnp.int32)
+
+
+def test_the_layers_agree_bit_for_bit():
+    xs = jnp.stack([batch(seed=i)[0] for i in range(5)])
+    _, scale, bias, _ = batch()
+    linen = linen_steps(xs, scale, bias, **FIELDS)
+    chex.assert_trees_all_equal(nnx_steps(xs, scale, bias, jit=lambda f: f, **FIELDS), linen)
+    jitted = nnx_steps(xs, scale, bias, **FIELDS)
+    chex.assert_trees_all_close(jitted, linen, rtol=1e-6, atol=1e-6)
+
+
+@every_layer
+def test_limits_that_are_numbers_count_no_steps(steps):
+    x, scale, bias, dy = batch()
+    y, stats = steps(x[None], scale, bias, **LIMITS)
+    assert set(stats) == {"mean", "var"}
+    expected = renorm(x, np.zeros(8), np.ones(8), scale, bias, dy, **LIMITS).y
+    assert largest_error(y[0], expected) <= 1e-5
+
+
+def test_evaluation_and_variables_are_those_of_batch_norm():
+    x, *_ = batch()
+    layer, plain = bnjax.linen.BatchRenorm(), bnjax.linen.BatchNorm()
+    variables = layer.init(jax.random.key(0), x, use_running_average=False)
+    stats = {"mean": jnp.full(8, 0.5), "var": jnp.full(8, 2.0)}
+    variables = variables | {"batch_stats": stats}
+    y = layer.apply(variables, x, use_running_average=True)
+    chex.assert_trees_all_equal(y, plain.apply(variables, x, use_running_average=True))
+    model = bnjax.nnx.BatchRenorm(8, use_running_average=True, rngs=nnx.Rngs(0))
+    model.mean[...], model.var[...] = stats["mean"], stats["var"]
+    chex.assert_trees_all_equal(model(x), y)
+
+
+def test_a_layer_shares_over_replicas_and_masks():
+    x, scale, bias, dy = batch(32)
+    where = np.arange(32)[:, None] % 3 > 0
+    layer = bnjax.linen.BatchRenorm(False, momentum=0.9, axis_name="i", **LIMITS)
+    stats = {"mean": jnp.zeros(8), "var": jnp.ones(8)}
+    variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
+    y, updates = jax.pmap(
+        lambda x, where: layer.apply(variables, x, mask=where, mutable=["batch_stats"]),
+        axis_name="i",
+    )(x.reshape(8, 4, 8), where.reshape(8, 4, 1))
+    expected = renorm(x, np.zeros(8), np.ones(8), scale, bias, dy, w=where, **LIMITS).y
+    assert largest_error(y.reshape(32, 8), expected) <= 1e-5
+    mean = reference.moments(x, where=where).mean
+    for replica in updates["batch_stats"]["mean"]:
+        assert largest_error(replica, mean * np.longdouble(0.1)) <= 1e-6
+
+
+def test_emitted_moments_are_the_batch_s():
+    x, *_ = batch()
+    layer = bnjax.linen.BatchRenorm(False, **FIELDS)
+    variables = layer.init(jax.random.key(0), x)
+    _, emitted = layer.apply(variables, x, mutable=["moments"])
+    chex.assert_trees_all_equal(emitted["moments"]["moments"], bnjax.moments(x))
+    updated = bnjax.update_stats(variables["batch_stats"], emitted["moments"], momentum=0.9)
+    _, updates = layer.apply(variables, x, mutable=["batch_stats"])
+    chex.assert_trees_all_equal(updated, updates["batch_stats"])
+
+
+@pytest.mark.parametrize("limits", [{"r_max": 0.5}, {"r_max": lambda steps: 0.5}], ids=["0", "f"])
+def test_a_layer_refuses_limits_out_of_range(limits):
+    x, *_ = batch()
+    message = (
+        "r_max is 0.5, but the correction r stays between 1 / r_max and r_max. "
+        "Choose a number from 1 (no correction) upwards, such as 3."
+    )
+    layer = bnjax.nnx.BatchRenorm(8, rngs=nnx.Rngs(0), **limits)
+    assert_refused(lambda: layer(x), message)
+    chex.assert_trees_all_equal(layer.mean[...], jnp.zeros(8))
+    layer = bnjax.linen.BatchRenorm(False, **limits)
+    assert_refused(lambda: layer.init(jax.random.key(0), x), message)
+
+
+class Critic(nn.Module):
+    """As in CrossQ: both halves of a joint batch in one training call, so one set of moments."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.relu(nn.Dense(8)(x))
+        x = bnjax.linen.BatchRenorm(**FIELDS)(x, use_running_average=not train)
+        return nn.Dense(1)(x)[..., 0]
+
+
+def test_reinforcement_learners_scan_jit_and_vmap_over_seeds():
+    """Several critics learn at once; each step trains on a joint batch and evaluates alone."""
+    seeds, steps = 3, 5
+    rng = np.random.default_rng(0)
+    xs = rng.standard_normal((seeds, steps, 16, 4)).astype(np.float32)
+    critic = Critic()
+
+    def learn(key, xs):
+        variables = critic.init(key, xs[0], False)
+
+        def step(carry, x):
+            params, stats = carry
+            current = critic.apply({"params": params, "batch_stats": stats}, x, False)
+
+            def loss(params):
+                q, updates = critic.apply(
+                    {"params": params, "batch_stats": stats}, x, True, mutable=["batch_stats"]
+                )
+                target = jax.lax.stop_gradient(0.9 * q[8:] + x[:8, 0])
+                return jnp.mean((q[:8] - target) ** 2), updates["batch_stats"]
+
+            (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            params = jax.tree.map(lambda p, g: p - 0.05 * g, params, grads)
+            return (params, stats), (value, current)
+
+        return jax.lax.scan(step, (variables["params"], variables["batch_stats"]), xs)
+
+    keys = jax.random.split(jax.random.key(0), seeds)
+    together = jax.jit(jax.vmap(learn))(keys, xs)
+    chex.assert_tree_all_finite(together)
+    assert np.all(together[0][1]["BatchRenorm_0"]["steps"] == steps)
+    alone = jax.jit(learn)(keys[1], xs[1])
+    chex.assert_trees_all_close(jax.tree.map(lambda a: a[1], together), alone, rtol=1e-4, atol=1e-5)
 
 
 # Bad input

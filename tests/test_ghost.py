@@ -1,0 +1,362 @@
+"""Ghost batches: parts of a batch that are normalized by themselves and remembered together."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+from implementations import linen_layer, nnx_layer, pull_back
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_inputs import assert_refused
+
+import bnjax
+import bnjax.linen
+import bnjax.nnx
+
+LAYERS = {"linen": linen_layer, "nnx": nnx_layer}
+every_layer = pytest.mark.parametrize("step", LAYERS.values(), ids=LAYERS.keys())
+
+
+def batch(rows=24, shape=(3, 5), ratio=2.0, seed=0):
+    """x, dy of it, scale and bias of the last axis."""
+    rng = np.random.default_rng(seed)
+    x, dy = rng.standard_normal((2, rows, *shape)).astype(np.float32)
+    scale, bias = rng.standard_normal((2, shape[-1])).astype(np.float32)
+    return x + np.float32(ratio), dy, 1 + scale, bias
+
+
+def masks(rows=24, shape=(3, 5)):
+    rng = np.random.default_rng(1)
+    empty = rng.random((rows, 1, 1)) < 0.6
+    empty[4:8] = False  # a whole ghost batch of four, and of two
+    return {
+        "no mask": None,
+        "rows, one part empty": empty,
+        "weights": (2 * rng.random((rows, shape[0], 1))).astype(np.float32),
+        "the same for all rows": rng.random((1, *shape)) < 0.8,
+        "without the first axis": np.arange(shape[0])[:, None] < 2,
+    }
+
+
+def parts_of(a, size):
+    return [a[i : i + size] for i in range(0, len(a), size)]
+
+
+def expect(x, dy, scale, bias, where, size):
+    """y and the gradients of each part put together, in NumPy."""
+    w = np.broadcast_to(True if where is None else where, x.shape)
+    args = [parts_of(a, size) for a in (x, dy, w)]
+    y = [reference.batch_norm(x, scale, bias, where=w) for x, _, w in zip(*args, strict=True)]
+    grads = [reference.gradient(x, dy, scale, where=w) for x, dy, w in zip(*args, strict=True)]
+    dscale, dbias = (np.sum([getattr(g, name) for g in grads], 0) for name in ("scale", "bias"))
+    return np.concatenate(y), (np.concatenate([g.x for g in grads]), dscale, dbias)
+
+
+def assert_close(actual, expected, atol=1e-5):
+    chex.assert_trees_all_close(
+        jax.tree.map(np.asarray, actual),
+        jax.tree.map(lambda a: np.asarray(a, np.float32), expected),
+        rtol=1e-5, atol=atol,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("where", masks().values(), ids=masks().keys())
+@every_layer
+def test_each_part_is_normalized_by_itself_and_all_are_remembered(step, where):
+    x, dy, scale, bias = batch()
+    f = jax.jit(functools.partial(pull_back, step, where=where, ghost_batch_size=4))
+    out, grads = f(x, scale, bias, dy)
+    y, expected = expect(x, dy, scale, bias, where, 4)
+    assert_close(out.y, y)
+    assert_close(grads, expected, atol=1e-4)
+    m = reference.moments(x, where=where)
+    assert_close((out.mean, out.var), (m.mean, m.var))
+
+
+@pytest.mark.parametrize("size", [1, 8])
+@every_layer
+def test_every_size_that_divides_the_batch(step, size):
+    x, dy, scale, bias = batch()
+    out, grads = pull_back(step, x, scale, bias, dy, ghost_batch_size=size)
+    y, expected = expect(x, dy, scale, bias, None, size)
+    assert_close(out.y, y)
+    assert_close(grads, expected, atol=1e-4)
+    m = reference.moments(x)
+    assert_close((out.mean, out.var), (m.mean, m.var))
+
+
+@every_layer
+def test_one_ghost_batch_is_the_plain_layer(step):
+    x, dy, scale, bias = batch()
+    plain = pull_back(step, x, scale, bias, dy)
+    chex.assert_trees_all_close(
+        pull_back(step, x, scale, bias, dy, ghost_batch_size=24), plain, rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("pivot", ["batch", "running"])
+@every_layer
+def test_it_is_accurate_at_large_means(step, pivot):
+    x, dy, scale, bias = batch(ratio=1e5)
+    running = np.full(5, 1e5, np.float32), np.ones(5, np.float32)
+    f = functools.partial(pull_back, step, pivot=pivot, ghost_batch_size=4)
+    out, (dx, _, _) = jax.jit(f)(x, scale, bias, dy, running=running)
+    y, grads = expect(x, dy, scale, bias, None, 4)
+    assert_close(out.y, y)
+    assert_close(dx, grads[0], atol=1e-4)
+    assert_close(out.var, reference.moments(x).var)
+
+
+@every_layer
+def test_features_on_other_axes(step):
+    x, _, _, _ = batch()
+    scale, bias = np.random.default_rng(2).standard_normal((2, 3)).astype(np.float32)
+    out = step(x, scale, bias, feature_axis=1, ghost_batch_size=6)
+    y = [reference.batch_norm(part, scale, bias, feature_axis=1) for part in parts_of(x, 6)]
+    assert_close(out.y, np.concatenate(y))
+    m = reference.moments(x, feature_axis=1)
+    assert_close((out.mean, out.var), (m.mean, m.var))
+
+
+def test_for_the_functions_it_is_vmap_and_merge():
+    x, _, scale, bias = batch()
+    ghosts = x.reshape(6, 4, 3, 5)
+    y, parts = jax.vmap(lambda x: bnjax.batch_norm(x, scale, bias))(ghosts)
+    whole = bnjax.merge_stacked(parts)
+    out = linen_layer(x, scale, bias, ghost_batch_size=4)
+    chex.assert_trees_all_close(
+        (out.y, out.mean, out.var), (y.reshape(x.shape), whole.mean, whole.var), rtol=1e-6
+    )
+    one_by_one = [jax.tree.map(lambda a, i=i: a[i], parts) for i in range(6)]
+    merged = functools.reduce(bnjax.merge, one_by_one)
+    chex.assert_trees_all_close(merged, whole, rtol=1e-6, atol=1e-6)
+
+
+# Replicas
+
+
+@pytest.mark.parametrize("transform", [jax.pmap, jax.vmap])
+@every_layer
+def test_replicas_equal_one_device(step, transform):
+    x, _, scale, bias = batch(rows=32)
+    where = masks(rows=32)["rows, one part empty"]
+
+    def f(x, where, axis_name=None):
+        return step(x, scale, bias, where=where, ghost_batch_size=2, axis_name=axis_name)
+
+    replicas = transform(functools.partial(f, axis_name="i"), axis_name="i")
+    out = replicas(x.reshape(8, 4, 3, 5), where.reshape(8, 4, 1, 1))
+    parts = out._replace(y=out.y.reshape(x.shape), mean=out.mean[3], var=out.var[3])
+    chex.assert_trees_all_close(parts, f(x, where), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+@every_layer
+def test_shard_map_equals_one_device(step, check_vma):
+    x, _, scale, bias = batch(rows=32)
+    whole = step(x, scale, bias, ghost_batch_size=2)
+    f = jax.shard_map(
+        lambda x: step(x, scale, bias, ghost_batch_size=2, axis_name="i"),
+        mesh=Mesh(np.array(jax.devices()), ("i",)),
+        in_specs=P("i"),
+        out_specs=type(whole)(P("i"), P(), P()),
+        check_vma=check_vma,
+    )
+    chex.assert_trees_all_close(jax.jit(f)(x), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_without_an_axis_name_replicas_keep_their_own():
+    x, _, scale, bias = batch(rows=32)
+    f = functools.partial(linen_layer, scale=scale, bias=bias, ghost_batch_size=2)
+    out = jax.pmap(f)(x.reshape(8, 4, 3, 5))
+    for mean, part in zip(out.mean, parts_of(x, 4), strict=True):
+        assert_close(mean, reference.moments(part).mean)
+
+
+def sharded_step(size, axis_type, rows=32):
+    """A jitted linen step whose batch lies on a mesh of eight devices."""
+    x, dy, scale, bias = batch(rows=rows)
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        over, whole = NamedSharding(mesh, P("i")), NamedSharding(mesh, P())
+        shardings = over, whole, whole, over
+        args = jax.tree.map(jax.device_put, (x, scale, bias, dy), shardings)
+        f = jax.jit(functools.partial(pull_back, linen_layer, ghost_batch_size=size))
+        return (x, scale, bias, dy), jax.tree.map(np.asarray, f(*args))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_sharded_batch_equals_one_device(size, axis_type):
+    args, parts = sharded_step(size, axis_type)
+    whole = jax.jit(functools.partial(pull_back, linen_layer, ghost_batch_size=size))(*args)
+    chex.assert_trees_all_close(parts, jax.tree.map(np.asarray, whole), rtol=1e-5, atol=1e-5)
+
+
+def test_across_the_shards_of_an_automatic_mesh():
+    args, parts = sharded_step(16, AxisType.Auto)
+    whole = pull_back(linen_layer, *args, ghost_batch_size=16)
+    chex.assert_trees_all_close(parts, jax.tree.map(np.asarray, whole), rtol=1e-5, atol=1e-5)
+
+
+def test_across_the_shards_of_an_explicit_mesh():
+    assert_refused(
+        lambda: sharded_step(8, AxisType.Explicit),
+        "ghost_batch_size is 8, but x has 32 examples on 8 shards of an explicit mesh, and no "
+        "ghost batch can lie on two. Choose a size that divides 4, or a mesh with automatic axes.",
+    )
+
+
+def test_replicas_are_remembered_by_groups():
+    x, _, scale, bias = batch(rows=32)
+    f = functools.partial(
+        linen_layer, scale=scale, bias=bias, ghost_batch_size=2, axis_name="i",
+        axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]],
+    )  # fmt: skip
+    out = jax.pmap(lambda x: f(x), axis_name="i")(x.reshape(8, 4, 3, 5))
+    assert_close(out.mean[0], reference.moments(x[:16]).mean)
+    assert_close(out.var[7], reference.moments(x[16:]).var)
+
+
+# What the layers do besides
+
+
+def test_emitted_moments_are_the_merge():
+    x, *_ = batch()
+    layer = bnjax.linen.BatchNorm(use_running_average=False, ghost_batch_size=4)
+    variables = layer.init(jax.random.key(0), x)
+    _, emitted = layer.apply(variables, x, mutable=["moments"])
+    m, whole = emitted["moments"]["moments"], bnjax.moments(x)
+    chex.assert_trees_all_close(m[:3], whole[:3], rtol=1e-5, atol=1e-6)
+
+    layer = bnjax.nnx.BatchNorm(5, ghost_batch_size=4, emit="only", rngs=nnx.Rngs(0))
+    layer(x)
+    layer(x)
+    m = layer.moments.get_value()
+    chex.assert_trees_all_close(m[:2], whole[:2], rtol=1e-5, atol=1e-6)
+    assert m.count == 2 * whole.count
+    chex.assert_trees_all_equal(layer.mean[...], jnp.zeros(5))
+
+
+def test_initialization_and_evaluation_take_any_batch():
+    x, *_ = batch()
+    layer = bnjax.linen.BatchNorm(ghost_batch_size=4)
+    variables = layer.init(jax.random.key(0), x[:1], use_running_average=False)
+    y = layer.apply(variables, x[:3], use_running_average=True)
+    np.testing.assert_allclose(y, x[:3] / np.sqrt(np.float32(1 + 1e-5)), rtol=1e-6)
+    layer = bnjax.nnx.BatchNorm(5, ghost_batch_size=4, use_running_average=True, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(layer(x[:3]), y, rtol=1e-6)
+
+
+def test_a_network_with_ghost_batches_in_scan_and_vmap():
+    """Three seeds at once, four steps each; every layer has ghost batches."""
+    x = np.random.default_rng(0).standard_normal((3, 4, 12, 5)).astype(np.float32)
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(2):
+                x = nn.relu(
+                    bnjax.linen.BatchNorm(False, momentum=0.5, ghost_batch_size=4)(
+                        nn.Dense(5, use_bias=False)(x)
+                    )
+                )
+            return x
+
+    network = Network()
+    variables = network.init(jax.random.key(0), x[0, 0])
+
+    def learn(x):
+        def step(stats, x):
+            y, updates = network.apply(
+                {"params": variables["params"], "batch_stats": stats}, x, mutable=["batch_stats"]
+            )
+            return updates["batch_stats"], y
+
+        return jax.lax.scan(step, variables["batch_stats"], x)
+
+    stats, y = jax.jit(jax.vmap(learn))(x)
+    kernel = reference.wide(variables["params"]["Dense_0"]["kernel"])
+    for seed in range(3):
+        mean = np.zeros(5, np.longdouble)
+        for i in range(4):
+            h = reference.wide(x[seed, i]) @ kernel
+            mean = (mean + h.mean(0)) / 2
+        assert_close(stats["BatchNorm_0"]["mean"][seed], mean)
+    alone, same = learn(x[1])
+    chex.assert_trees_all_close(jax.tree.map(lambda a: a[1], (stats, y)), (alone, same), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@every_layer
+def test_it_keeps_its_input_and_vectors_of_the_parts(step, dtype):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 16, 8)), dtype)
+    ones = jnp.ones(8)
+    f = jax.jit(lambda x: step(x, ones, ones, ghost_batch_size=16, dtype=dtype).y)
+    _, backward = jax.vjp(f, x)
+    buffers = {a.unsafe_buffer_pointer(): a.nbytes for a in jax.tree.leaves(backward)}
+    assert sum(buffers.values()) <= x.nbytes + 4 * 16 * 8 * 4
+
+
+@every_layer
+def test_a_part_of_one_value_per_feature_warns(step):
+    x = np.ones((4, 3), np.float32)
+    said = (
+        r"x has shape \(1, 3\), one value per feature, so the output is the bias. "
+        "Train with more examples, or pass use_running_average=True."
+    )
+    with pytest.warns(UserWarning, match=said):
+        step(x, ghost_batch_size=1)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("size", "axis", "message"),
+    [
+        (
+            5,
+            -1,
+            "ghost_batch_size is 5, but x has shape (24, 3, 5): its first axis does not divide "
+            "evenly. Choose a size that divides it, or drop the incomplete batch.",
+        ),
+        (
+            0,
+            -1,
+            "ghost_batch_size is 0, but it is a number of examples. "
+            "Choose a positive one that divides the batch, or None for the whole batch.",
+        ),
+        (
+            4,
+            (0, -1),
+            "ghost_batch_size is 4, but the first axis of x holds features, not examples. "
+            "Move the examples to the first axis.",
+        ),
+    ],
+    ids=["uneven", "none", "features"],
+)
+@every_layer
+def test_a_size_that_does_not_fit(step, size, axis, message):
+    x, *_ = batch()
+    assert_refused(lambda: step(x, feature_axis=axis, ghost_batch_size=size), message)
+
+
+def test_a_refused_batch_leaves_the_state_as_it_was():
+    x, *_ = batch()
+    layer = bnjax.nnx.BatchNorm(5, ghost_batch_size=5, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="ghost_batch_size is 5"):
+        layer(x)
+    chex.assert_trees_all_equal(layer.mean[...], jnp.zeros(5))
+
+
+def test_a_misspelled_axis_name():
+    x, scale, bias = batch()[0], None, None
+    with pytest.raises(NameError, match="axis_name is 'replica', but no such axis is mapped here"):
+        linen_layer(x, scale, bias, ghost_batch_size=4, axis_name="replica")
