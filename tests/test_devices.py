@@ -14,6 +14,7 @@ import layouts
 import numpy as np
 import pytest
 import reference
+from implementations import Step, linen_layer, nnx_layer, pull_back
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -170,6 +171,28 @@ def test_all_reduces_of_a_step_grow_linearly(pivot, saving, per_layer, many, axi
     assert set(one) == set(two) == set(last) == {"all-reduce"}
 
 
+@pytest.mark.parametrize("case", ["uneven mask", "weights", "mask per feature"])
+@pytest.mark.parametrize("by", ["jit", "shard_map"])
+def test_a_mask_costs_no_all_reduce(by, case):
+    """The counts travel with the first sums."""
+    x, dy, *_ = layouts.batch()
+    axis_name = layouts.AXIS if by == "shard_map" else None
+
+    def step(x, dy, where):
+        def apply(x):
+            return bnjax.batch_norm(x, where=where, axis_name=axis_name)
+
+        y, pull_back, m = jax.vjp(apply, x, has_aux=True)
+        return y, *pull_back(dy), m
+
+    batch, mesh = P(layouts.AXIS), mesh_of(jax.devices())
+    if axis_name is not None:
+        out_specs = batch, batch, P()
+        step = jax.shard_map(step, mesh=mesh, in_specs=(batch,) * 3, out_specs=out_specs)
+    args = jax.device_put((x, dy, layouts.cases()[case]), NamedSharding(mesh, batch))
+    assert collectives(jax.jit(step).lower(*args).compile()) == {"all-reduce": 3}
+
+
 SCALE = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -201,6 +224,16 @@ def test_a_device_sends_as_much_among_256_as_among_8(axis_name):
     assert int(eight.split()[0]) >= 3 * 2 * 4  # at least mean and variance of 4 features, 3 layers
 
 
+def by_shard_map(f, axis_name, check_vma=False):
+    """`f` of each replica, as `jax.pmap(f, axis_name)` has it."""
+
+    def replica(*parts):
+        return jax.tree.map(lambda a: a[None], f(*(part[0] for part in parts)))
+
+    specs = {"in_specs": P(axis_name), "out_specs": P(axis_name), "check_vma": check_vma}
+    return jax.jit(jax.shard_map(replica, mesh=mesh_of(jax.devices()), **specs))
+
+
 def moments_of(transform, groups=None, axis_name=layouts.AXIS):
     x, *_ = layouts.batch(ratio=1e4)
     parts = x.reshape(layouts.DEVICES, -1, x.shape[-1])
@@ -208,16 +241,37 @@ def moments_of(transform, groups=None, axis_name=layouts.AXIS):
     return parts, transform(measure, axis_name=layouts.AXIS)(parts)
 
 
+@pytest.mark.parametrize("transform", [jax.pmap, by_shard_map])
 @pytest.mark.parametrize("groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 7], [1, 6], [2, 5], [3, 4]]])
-def test_groups_have_statistics_of_their_own(groups):
-    parts, m = moments_of(jax.pmap, groups)
+def test_groups_have_statistics_and_gradients_of_their_own(groups, transform):
+    parts, m = moments_of(transform, groups)
+    dys = layouts.batch()[1].reshape(parts.shape)
+
+    def pull_back(x, dy):
+        settings = {"axis_name": layouts.AXIS, "axis_index_groups": groups}
+        return jax.vjp(lambda x: bnjax.batch_norm(x, **settings)[0], x)[1](dy)[0]
+
+    dx = np.asarray(transform(pull_back, axis_name=layouts.AXIS)(parts, dys))
     for group in groups:
-        whole = reference.moments(np.concatenate([parts[i] for i in group]))
+        rows, dy = (np.concatenate([a[i] for i in group]) for a in (parts, dys))
+        whole = reference.moments(rows)
+        right = reference.gradient(rows, dy).x.astype(float)
+        np.testing.assert_allclose(np.concatenate([dx[i] for i in group]), right, atol=1e-5)
         for i in group:
             error = reference.wide(m.mean[i]) + reference.wide(m.remainder[i]) - whole.mean
             assert np.abs(error).max() < 1e-6
             np.testing.assert_allclose(m.var[i], whole.var.astype(float), rtol=2e-6)
             assert float(m.count[i]) == whole.count[0]
+
+
+def test_groups_under_a_checked_shard_map_say_what_to_do_instead():
+    groups = [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(NotImplementedError) as error:
+        moments_of(functools.partial(by_shard_map, check_vma=True), groups)
+    assert str(error.value) == (
+        f"axis_index_groups is {groups}, and JAX has no groups under this transformation. "
+        "Use jax.pmap or jax.shard_map(check_vma=False), or a mesh with one more axis."
+    )
 
 
 def test_a_second_mesh_axis_makes_groups():
@@ -297,3 +351,48 @@ def test_images_sharded_by(of_x, of_features, masked, axis_type):
     flat = *(np.asarray(a).reshape(-1, 16) for a in result[:2]), *result[2:]
     assert_is_whole_batch(flat, *whole, where, scale, bias)
     assert set(collectives(compiled)) == {"all-reduce"}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("layer", [linen_layer, nnx_layer])
+def test_layers_under_shard_map(layer, check_vma, masked):
+    x, dy, scale, bias = layouts.batch(ratio=1e4)
+    where = layouts.cases()["one replica masked"] if masked else None
+
+    def step(x, dy, where, scale, bias):
+        run = functools.partial(layer, axis_name=layouts.AXIS, where=where)
+        out, (dx, dscale, dbias) = pull_back(run, x, scale, bias, dy)
+        if not check_vma:
+            dscale, dbias = jax.lax.psum((dscale, dbias), layouts.AXIS)
+        return out, dx, dscale, dbias
+
+    batch, whole = P(layouts.AXIS), P()
+    f = jax.shard_map(
+        step,
+        mesh=mesh_of(jax.devices()),
+        in_specs=(batch, batch, batch if masked else None, whole, whole),
+        out_specs=(Step(batch, whole, whole), batch, whole, whole),
+        check_vma=check_vma,
+    )
+    out, *grads = jax.jit(f)(x, dy, where, scale, bias)
+    m = bnjax.Moments(out.mean, out.var, reference.moments(x, where=where).count)
+    assert np.abs(out.mean - reference.moments(x, where=where).mean).max() < 1e-7 * 1e4
+    exact = reference.moments(x, where=where).mean  # a running mean has no remainder
+    assert_is_whole_batch((out.y, *grads, m._replace(mean=exact)), x, dy, where, scale, bias)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("a"), P(None, "a")], ids=["batch", "features"])
+@pytest.mark.parametrize("layer", [linen_layer, nnx_layer])
+def test_layers_on_a_mesh(layer, spec, axis_type):
+    """Parameters and statistics are replicated."""
+    x, dy, scale, bias = layouts.batch(features=8)
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put((x, dy), NamedSharding(mesh, spec))
+        out, grads = jax.jit(functools.partial(pull_back, layer))(
+            sharded[0], scale, bias, sharded[1]
+        )
+    m = bnjax.Moments(out.mean, out.var, reference.moments(x).count)
+    assert_is_whole_batch((out.y, *grads, m), x, dy, None, scale, bias)
