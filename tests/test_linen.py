@@ -445,9 +445,51 @@ class Cell(nn.Module):
         return (jnp.tanh(norm(carry)), None) if self.carries else (carry, norm(x))
 
 
+class Calls(nn.Module):
+    """A module that got its layer from outside."""
+
+    norm: nn.Module
+
+    def __call__(self, x):
+        return self.norm(x)
+
+
+class InSetup(nn.Module):
+    """Layers that `setup` makes, one of them shared with a submodule."""
+
+    layer: type
+
+    def setup(self):
+        self.norm = self.layer(use_running_average=False, bias_init=NORMAL)
+        self.norms = [self.layer(use_running_average=False, axis=i) for i in (1, 2)]
+        self.calls = Calls(self.norm)
+
+    def __call__(self, x):
+        for norm in (self.norm, *self.norms, self.calls):
+            x = jnp.tanh(norm(x))
+        return x
+
+
+class Branches(nn.Module):
+    """A layer that is called in one branch, and not in the other."""
+
+    layer: type
+
+    @nn.compact
+    def __call__(self, x):
+        norm = self.layer(use_running_average=False, bias_init=NORMAL)
+        if self.is_initializing():
+            return norm(x)
+        for taken in (jnp.max(x) > 0, jnp.max(x) < 0):
+            x = nn.cond(taken, lambda norm, x: norm(x), lambda norm, x: 2 * x, norm, x)
+        return x
+
+
 EACH = {"params": 0, "batch_stats": 0}
 SHARED = {"params": None, "batch_stats": None}
 TRANSFORMS = {
+    "setup": InSetup,
+    "cond": Branches,
     "jit": lambda layer: nn.jit(layer)(use_running_average=False),
     "remat": lambda layer: nn.remat(layer)(use_running_average=False),
     "vmap, a layer each": lambda layer: nn.vmap(

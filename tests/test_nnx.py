@@ -526,6 +526,18 @@ def scan_over_time(layer, x, dy):
     return layer, *results
 
 
+def branches(layer, x, dy):
+    layer = make(layer, bias_init=NORMAL)
+
+    @nnx.jit
+    def call(layer, x):
+        for taken in (jnp.max(x) > 0, jnp.max(x) < 0):
+            x = nnx.cond(taken, lambda layer, x: layer(x), lambda layer, x: 2 * x, layer, x)
+        return x
+
+    return layer, call(layer, x)
+
+
 def split_and_merge(layer, x, dy):
     graphdef, params, stats = nnx.split(make(layer, bias_init=NORMAL), nnx.Param, ...)
 
@@ -550,6 +562,7 @@ def split_and_merge(layer, x, dy):
         pmap_groups,
         scan_over_layers,
         scan_over_time,
+        branches,
         split_and_merge,
     ],
 )
