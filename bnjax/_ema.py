@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax._inputs import check_ddof, check_features, check_momentum, is_static, promote
-from bnjax._moments import M, _cast
+from bnjax._moments import M, Moments, _cast
 from bnjax._rounding import real_dtype, two_sum
 
 Momentum = ArrayLike | Callable[[ArrayLike], ArrayLike] | None
@@ -61,8 +61,14 @@ def ema(
     """
     check_ddof(ddof)
     kept = type(running)(*map(jnp.asarray, running))
-    for name, ours, theirs in zip(kept._fields[:2], kept, batch, strict=False):
-        check_features(f"running.{name}", ours.shape, jnp.shape(theirs))
+    check_features("running.mean", kept.mean.shape, jnp.shape(batch.mean))
+    if isinstance(kept, Moments):
+        check_features("running.var", kept.var.shape, jnp.shape(batch.mean))
+    elif kept[1].shape != jnp.shape(batch[1]):
+        raise ValueError(
+            f"running.cov has shape {kept[1].shape}, but the batch's has shape "
+            f"{jnp.shape(batch[1])}. Measure both with the same group_size."
+        )
     if jnp.iscomplexobj(batch.mean) and not jnp.iscomplexobj(kept.mean):
         raise ValueError(
             f"running.mean is {kept.mean.dtype}, which cannot hold a mean of complex input. "

@@ -1,0 +1,213 @@
+"""The layer `DecorrelatedBatchNorm`: its variables, running statistics and trees of them."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_whiten import assert_is, correlated, covariance, transform, whitened
+
+import bnjax
+from bnjax.linen import BatchNorm, DecorrelatedBatchNorm
+
+
+def batches(count=4, rows=40):
+    rng = np.random.default_rng(0)
+    mixing = rng.standard_normal((4, 4))
+    return [(rng.standard_normal((rows, 4)) @ mixing + 2).astype(np.float32) for _ in range(count)]
+
+
+def train(layer, variables, x, **call):
+    y, updates = layer.apply(variables, x, **call, mutable=["batch_stats"])
+    return y, variables | updates
+
+
+def test_variables():
+    layer = DecorrelatedBatchNorm(False, group_size=2, debias=True)
+    variables = layer.init(jax.random.key(0), jnp.ones((3, 4), jnp.bfloat16))
+    shapes = jax.tree.map(lambda p: (p.shape, p.dtype.name), variables)
+    assert shapes == {
+        "params": {"scale": ((4,), "float32"), "bias": ((4,), "float32")},
+        "batch_stats": {
+            "mean": ((4,), "float32"),
+            "cov": ((2, 2, 2), "float32"),
+            "steps": ((), "int32"),
+        },
+    }
+    np.testing.assert_array_equal(variables["batch_stats"]["cov"], np.tile(np.eye(2), (2, 1, 1)))
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("momentum", [0.6, None])
+def test_it_trains_on_the_batch_and_evaluates_on_what_it_remembers(momentum, ddof):
+    layer = DecorrelatedBatchNorm(group_size=2, momentum=momentum, ddof=ddof)
+    data = batches()
+    variables = layer.init(jax.random.key(0), data[0], use_running_average=False)
+    mean, cov = np.zeros(4), np.tile(np.eye(2), (2, 1, 1))
+    for steps, x in enumerate(data):
+        y, variables = train(layer, variables, x, use_running_average=False)
+        np.testing.assert_allclose(y, whitened(x, 2, "cholesky"), atol=1e-4)
+        share = 1 / (steps + 1) if momentum is None else 1 - momentum
+        mean = (1 - share) * mean + share * x.mean(0, dtype=np.float64)
+        cov = (1 - share) * cov + share * covariance(x, 2) * 40 / (40 - ddof)
+    np.testing.assert_allclose(variables["batch_stats"]["mean"], mean, rtol=1e-5)
+    np.testing.assert_allclose(variables["batch_stats"]["cov"], cov, rtol=1e-4, atol=1e-5)
+    y = layer.apply(variables, data[0], use_running_average=True)
+    d = (data[0] - mean).reshape(40, 2, 2)
+    expected = np.einsum("gij,ngj->ngi", transform(cov, "cholesky", 1e-5), d).reshape(40, 4)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"method": "newton_schulz", "iterations": 3}, {"epsilon": 0.1}], ids=str
+)
+def test_fields_are_those_of_the_function(fields):
+    x = correlated(64, 4).astype(np.float32)
+    layer = DecorrelatedBatchNorm(False, group_size=2, use_scale=False, use_bias=False, **fields)
+    y, _ = train(layer, layer.init(jax.random.key(0), x), x)
+    expected = bnjax.whiten(x, bnjax.cov_moments(x, group_size=2), **fields)
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+
+
+def test_parameters_axis_and_dtype():
+    x = correlated(64, 4).astype(np.float32)
+    layer = DecorrelatedBatchNorm(False, axis=0, dtype=jnp.bfloat16)
+    params = {"scale": jnp.arange(4.0), "bias": jnp.ones(4)}
+    stats = layer.init(jax.random.key(0), x.T)["batch_stats"]
+    y, _ = train(layer, {"params": params, "batch_stats": stats}, x.T)
+    assert y.dtype == jnp.bfloat16
+    expected = whitened(x, 4, "cholesky", scale=np.arange(4), bias=1).T
+    np.testing.assert_allclose(y.astype(np.float32), expected, rtol=2**-7, atol=1e-3)
+
+
+def test_one_feature_per_group_is_the_plain_layer():
+    x = batches(1)[0]
+    layers = DecorrelatedBatchNorm(False, group_size=1), BatchNorm(False)
+    (y, ours), (z, theirs) = (train(n, n.init(jax.random.key(0), x), x) for n in layers)
+    np.testing.assert_allclose(y, z, atol=1e-5)
+    ours, theirs = ours["batch_stats"], theirs["batch_stats"]
+    np.testing.assert_allclose(ours["cov"].ravel(), theirs["var"], rtol=1e-6)
+
+
+def test_masks_and_replicas():
+    """Replicas of 8, 3, 0 and 5 valid rows, with NaN in all others."""
+    x = batches(1, 32)[0]
+    valid = (np.arange(8) < np.array([[8], [3], [0], [5]])).reshape(32, 1)
+    padded = np.where(valid, x, np.nan).astype(np.float32)
+    layer = DecorrelatedBatchNorm(False, group_size=2, axis_name="replicas", momentum=0.0)
+    variables = layer.init(jax.random.key(0), padded, mask=valid)
+    assert np.isfinite(variables["batch_stats"]["cov"]).all()
+
+    def step(x, mask):
+        return train(layer, variables, x, mask=mask)
+
+    y, after = jax.pmap(step, axis_name="replicas")(padded.reshape(4, 8, 4), valid.reshape(4, 8, 1))
+    given = x[valid[:, 0]]
+    np.testing.assert_allclose(
+        y.reshape(32, 4)[valid[:, 0]], whitened(given, 2, "cholesky"), atol=1e-4
+    )
+    for replica in after["batch_stats"]["cov"]:
+        np.testing.assert_allclose(replica, covariance(given, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_the_state_keeps_its_dtypes_through_a_scan():
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.complex64):
+        x = jnp.asarray(batches(1)[0], dtype)
+        layer = DecorrelatedBatchNorm(False, group_size=2, momentum=0.5)
+        variables = layer.init(jax.random.key(0), x)
+
+        def step(stats, _, layer=layer, variables=variables, x=x):
+            y, after = train(layer, variables | {"batch_stats": stats}, x)
+            return after["batch_stats"], jnp.sum(jnp.abs(y.astype(jnp.float32)))
+
+        after, _ = jax.lax.scan(step, variables["batch_stats"], length=30)
+        cov = covariance(np.asarray(x, np.complex64), 2)
+        np.testing.assert_allclose(after["cov"], cov, rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_of_one_is_warned_of():
+    layer = DecorrelatedBatchNorm(False)
+    variables = layer.init(jax.random.key(0), jnp.ones((1, 4)))
+    with pytest.warns(UserWarning, match="one value per feature, so the output is the bias"):
+        y, _ = train(layer, variables, jnp.ones((1, 4)))
+    np.testing.assert_array_equal(y, 0)
+
+
+def test_a_group_size_that_does_not_fit():
+    message = "group_size is 3, but there are 4 features. Choose a divisor of 4."
+    with pytest.raises(ValueError, match=message):
+        DecorrelatedBatchNorm(False, group_size=3).init(jax.random.key(0), jnp.ones((2, 4)))
+
+
+# Trees of statistics
+
+
+class Network(nn.Module):
+    """Plain and decorrelated layers in one network."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.Dense(4)(x)
+        x = nn.relu(DecorrelatedBatchNorm(not train, group_size=2, momentum=0.75)(x))
+        return BatchNorm(not train, momentum=0.75)(nn.Dense(3)(x))
+
+
+def network():
+    net = Network()
+    variables = net.init(jax.random.key(0), batches(1)[0])
+
+    @jax.jit
+    def measure(x):
+        return net.apply(variables, x, mutable=["moments"])[1]["moments"]
+
+    return net, variables, measure
+
+
+def test_emitted_moments_update_what_training_updates():
+    net, variables, measure = network()
+    x = batches(1)[0]
+    m = measure(x)["DecorrelatedBatchNorm_0"]["moments"]
+    assert isinstance(m, bnjax.CovMoments)
+    hidden = x @ np.asarray(variables["params"]["Dense_0"]["kernel"])
+    assert_is(m, hidden, 2, tolerance=1e-5)
+    stats = bnjax.update_stats(variables["batch_stats"], measure(x), momentum=0.75)
+    _, after = train(net, variables, x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stats, after["batch_stats"]
+    )
+
+
+def test_a_second_call_merges():
+    x = batches(1)[0]
+    layer = DecorrelatedBatchNorm(False)
+    variables = layer.init(jax.random.key(0), x)
+
+    def twice(layer, x):
+        layer(x[:10])
+        layer(x[10:])
+
+    _, updates = nn.apply(twice, layer, mutable=["moments"])(variables, x)
+    assert_is(updates["moments"]["moments"], x, 4)
+
+
+def test_recalibration_gives_the_moments_of_the_data_set():
+    _, variables, measure = network()
+    x = np.concatenate(batches(3))
+    stats = bnjax.recalibrate(measure, variables["batch_stats"], np.split(x, [50, 100]), ddof=1)
+    hidden = x @ np.asarray(variables["params"]["Dense_0"]["kernel"])
+    ours = stats["DecorrelatedBatchNorm_0"]
+    np.testing.assert_allclose(ours["mean"], hidden.mean(0), atol=1e-5)
+    expected = covariance(hidden, 2) * 120 / 119
+    np.testing.assert_allclose(ours["cov"], expected, atol=1e-5 * expected.max())
+
+
+def test_drift_looks_at_the_variances():
+    _, variables, measure = network()
+    x = batches(1)[0]
+    drifts = bnjax.drift(variables["batch_stats"], measure(x))
+    hidden = x @ np.asarray(variables["params"]["Dense_0"]["kernel"])
+    plain = {"DecorrelatedBatchNorm_0": {"mean": jnp.zeros(4), "var": jnp.ones(4)}}
+    emitted = {"DecorrelatedBatchNorm_0": {"moments": bnjax.moments(hidden)}}
+    expected = bnjax.drift(plain, emitted)["DecorrelatedBatchNorm_0"]
+    for a, b in zip(drifts["DecorrelatedBatchNorm_0"], expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
