@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnjax._covariance import CovMoments as CovMoments
 from bnjax._covariance import cov_moments as cov_moments
+from bnjax._decay import decay_mask as decay_mask
 from bnjax._drift import drift as drift
 from bnjax._drift import drift_table as drift_table
 from bnjax._ema import ema as ema
@@ -28,6 +29,9 @@ from bnjax._recalibrate import recalibrate as recalibrate
 from bnjax._renorm import batch_renorm as batch_renorm
 from bnjax._trees import merge_stacked as merge_stacked
 from bnjax._trees import update_stats as update_stats
+from bnjax._weights import fold as fold
+from bnjax._weights import from_torch as from_torch
+from bnjax._weights import to_torch as to_torch
 from bnjax._whiten import whiten as whiten
 
 if TYPE_CHECKING:

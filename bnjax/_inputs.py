@@ -31,17 +31,17 @@ def as_array(x: ArrayLike) -> Array:
     return x if isinstance(x, Array) else jnp.asarray(x)
 
 
-def split_axes(feature_axis: Axes, shape: Shape) -> tuple[Shape, Shape]:
+def split_axes(feature_axis: Axes, shape: Shape, name: str = "x") -> tuple[Shape, Shape]:
     """The feature axes and the reduced axes, both ascending."""
     ndim = len(shape)
     given = tuple(feature_axis) if isinstance(feature_axis, Iterable) else (feature_axis,)
     axes = sorted(operator.index(a) + ndim * (operator.index(a) < 0) for a in given)
     said = f"feature_axis (a layer's axis) is {feature_axis}, but "
     if any(not 0 <= a < ndim for a in axes):
-        cure = f"Choose from {-ndim} to {ndim - 1}." if ndim else "Give x a feature axis."
-        raise ValueError(f"{said}x has shape {shape}. {cure}")
+        cure = f"Choose from {-ndim} to {ndim - 1}." if ndim else f"Give {name} a feature axis."
+        raise ValueError(f"{said}{name} has shape {shape}. {cure}")
     if len(set(axes)) < len(axes):
-        raise ValueError(f"{said}that names an axis of x twice. Name each axis once.")
+        raise ValueError(f"{said}that names an axis of {name} twice. Name each axis once.")
     return tuple(axes), tuple(i for i in range(ndim) if i not in axes)
 
 

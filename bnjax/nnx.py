@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from bnjax._ema import Momentum
+from bnjax._fold_nnx import fold as fold
 from bnjax._inputs import as_array, promote
 from bnjax._layer import Limit, call, counts_steps, remember
 from bnjax._moments import AxisName, Moments, merge

@@ -1,0 +1,240 @@
+"""Trained weights: fold a normalization into the layer before it; PyTorch's names for ours."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from bnjax._inputs import Axes, promote, split_axes
+from bnjax._moments import Moments
+from bnjax._normalize import affine
+
+# PyTorch's name, the collection it goes to, and our name.
+_ENTRIES = (
+    ("weight", "params", "scale"),
+    ("bias", "params", "bias"),
+    ("running_mean", "batch_stats", "mean"),
+    ("running_var", "batch_stats", "var"),
+    ("num_batches_tracked", "batch_stats", "steps"),
+)
+
+
+def fold(
+    kernel: ArrayLike,
+    kernel_bias: ArrayLike | None,
+    m: Moments,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    feature_axis: Axes = -1,
+    epsilon: ArrayLike = 1e-5,
+) -> tuple[Array, Array]:
+    """For inference: the linear layer that does what it and the normalization after it did.
+
+    With `mul, add = affine(m, scale, bias)`, since (x W + b) mul + add = x (W mul) + (b mul + add):
+
+      kernel = kernel * mul along the feature axes,  bias = kernel_bias * mul + add
+
+    Any layer whose outputs are sums of inputs times kernel entries will do: dense layers and
+    convolutions of any padding, stride, dilation and number of groups. Don't fold what is still
+    trained, or a layer whose output something else than the normalization uses.
+    `bnjax.linen.fold` and `bnjax.nnx.fold` fold whole models, and check the result.
+
+    Args:
+      kernel: the layer's, any shape.
+      kernel_bias: the layer's, `[*features]`, or None.
+      m: the running statistics, `[*features]`.
+      scale, bias: the normalization's, `[*features]`; None is 1 and 0.
+      feature_axis: the kernel's axis of output features, or a tuple of them: the last for Flax's
+        layers, but -2 for `ConvTranspose(transpose_kernel=True)`, and 0 for PyTorch's.
+      epsilon: the normalization's; positive.
+
+    Returns:
+      `(kernel, bias)`, the kernel in its dtype, the bias in that of `kernel_bias`, or without one
+      in the kernel's (complex where the normalization is).
+
+    Raises:
+      ValueError: for an epsilon that is not positive, or a shape that does not fit.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> kernel, x = jnp.array([[1.0, 2.0]]), jnp.array([[3.0]])
+      >>> m = bnjax.Moments(mean=jnp.array([1.0, 2.0]), var=jnp.array([4.0, 1.0]))
+      >>> print(bnjax.normalize(x @ kernel, m, epsilon=1e-12))
+      [[1. 4.]]
+      >>> kernel, bias = bnjax.fold(kernel, None, m, epsilon=1e-12)
+      >>> print(kernel, bias, x @ kernel + bias[None])
+      [[0.5 2. ]] [-0.5 -2. ] [[1. 4.]]
+    """
+    kernel = jnp.asarray(kernel)
+    features, others = split_axes(feature_axis, kernel.shape, "kernel")
+    sizes = tuple(kernel.shape[i] for i in features)
+    given = {"kernel_bias": kernel_bias, "mean": m.mean, "var": m.var, "scale": scale, "bias": bias}
+    for name, p in given.items():
+        if p is not None and jnp.shape(p) != sizes:
+            raise ValueError(
+                f"{name} has shape {jnp.shape(p)}, but kernel has shape {kernel.shape} and "
+                f"features of shape {sizes} on axis {feature_axis}. "
+                "Give one value for each feature, or another feature_axis."
+            )
+    mul, add = affine(m, scale, bias, epsilon=epsilon)
+    dtype = promote(kernel.dtype, mul.dtype)
+    folded = kernel.astype(dtype) * lax.expand_dims(mul.astype(dtype), others)
+    if kernel_bias is None:
+        return _as(kernel.dtype, folded), _as(kernel.dtype, add)
+    own = jnp.asarray(kernel_bias)
+    dtype = promote(own.dtype, mul.dtype)
+    return _as(kernel.dtype, folded), _as(own.dtype, own.astype(dtype) * mul + add)
+
+
+def _as(dtype: Any, p: Array) -> Array:
+    """p in this dtype, unless that would drop its imaginary part."""
+    drops = jnp.iscomplexobj(p) and not jnp.issubdtype(dtype, jnp.complexfloating)
+    return p if drops else p.astype(dtype)
+
+
+def from_torch(
+    state_dict: Mapping[str, ArrayLike], prefix: str = ""
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Variables of our layers from a PyTorch `BatchNorm1d`, `2d`, `3d` or `SyncBatchNorm`.
+
+    | PyTorch | ours |
+    |---|---|
+    | `weight`, `bias` | `params`: `scale`, `bias` |
+    | `running_mean`, `running_var` | `batch_stats`: `mean`, `var` |
+    | `num_batches_tracked` | `batch_stats`: `steps` (int32) |
+
+    What PyTorch's layer lacks (`affine=False`, `bias=False`, `track_running_stats=False`) is
+    left out, for layers with `use_scale=False` and so on. A state dict does not carry the
+    settings. `BatchNorm2d(n, eps, momentum)` continues exactly with `axis=1` (channels first),
+    `epsilon=eps`, `momentum=1 - momentum` (but None stays None), and `ddof=1`, because
+    PyTorch's running variance is unbiased. Only layers that count their steps have `steps`
+    (`momentum=None`); drop it for others. Without running statistics PyTorch's layer uses
+    the batch's in evaluation, too: `use_running_average=False`.
+
+    Args:
+      state_dict: arrays, or PyTorch tensors on the CPU of a dtype that NumPy has.
+      prefix: the layer's name in it, say "layer1.0.bn1"; empty for the layer's own.
+
+    Returns:
+      `(params, batch_stats)`, copied to NumPy arrays of the same dtypes.
+
+    Raises:
+      ValueError: where the layer or a part of it is missing, and for entries that are not batch
+        normalization's, by name or by shape.
+
+    Example:
+      >>> import bnjax, numpy as np
+      >>> state_dict = {"bn.weight": np.ones(2), "bn.bias": np.zeros(2),
+      ...     "bn.running_mean": np.array([1.0, 2.0]), "bn.running_var": np.ones(2)}
+      >>> params, batch_stats = bnjax.from_torch(state_dict, "bn")
+      >>> print(params["scale"], batch_stats["mean"])
+      [1. 1.] [1. 2.]
+    """
+    dot = f"{prefix}." if prefix else ""
+    entries = {k.removeprefix(dot): v for k, v in state_dict.items() if k.startswith(dot)}
+    if dot and not entries:
+        norms = [k.removesuffix(".running_mean") for k in state_dict if k.endswith(".running_mean")]
+        raise ValueError(
+            f"state_dict has no entry that starts with {dot!r}. "
+            f"Batch norms in it are {_listed(norms) or 'none'}."
+        )
+    _check_names(entries, dot)
+    variables: dict[str, dict[str, np.ndarray]] = {"params": {}, "batch_stats": {}}
+    for theirs, collection, ours in _ENTRIES:
+        if theirs in entries:
+            p = np.asarray(entries[theirs]).copy()
+            variables[collection][ours] = np.asarray(int(p), np.int32) if ours == "steps" else p
+    _check_shapes(variables, dot)
+    return variables["params"], variables["batch_stats"]
+
+
+def to_torch(
+    params: Mapping[str, ArrayLike], batch_stats: Mapping[str, ArrayLike], prefix: str = ""
+) -> dict[str, np.ndarray]:
+    """Entries of a PyTorch state dict from our layers' variables: the inverse of `from_torch`.
+
+    The table is there. `load_state_dict` takes tensors: `torch.from_numpy` makes them. PyTorch's
+    layer with running statistics asks for `num_batches_tracked`, too, which is there if
+    `steps` is in `batch_stats`; it matters for `momentum=None` alone.
+
+    Args:
+      params, batch_stats: one layer's, for example `variables["params"]["BatchNorm_0"]`.
+      prefix: the name that the layer has in PyTorch's model; empty for the layer's own.
+
+    Returns:
+      NumPy arrays of the same dtypes (`num_batches_tracked` is int64, as in PyTorch).
+
+    Raises:
+      ValueError: for variables that are not batch normalization's, by name or by shape.
+
+    Example:
+      >>> import bnjax, numpy as np
+      >>> state = bnjax.to_torch({"scale": np.ones(2)}, {"mean": np.zeros(2), "var": np.ones(2)})
+      >>> print(list(state))
+      ['weight', 'running_mean', 'running_var']
+    """
+    variables = {"params": dict(params), "batch_stats": dict(batch_stats)}
+    for collection, given in variables.items():
+        known = [ours for _, where, ours in _ENTRIES if where == collection]
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(
+                f"{collection} has {_listed(unknown)}, but batch normalization has "
+                f"{_listed(known)}. Give the variables of one layer."
+            )
+    arrays = {c: {name: np.array(p) for name, p in v.items()} for c, v in variables.items()}
+    _check_shapes(arrays, f"{prefix}." if prefix else "")
+    return {
+        f"{prefix}.{theirs}" if prefix else theirs: (
+            arrays[c][ours].astype(np.int64) if ours == "steps" else arrays[c][ours]
+        )
+        for theirs, c, ours in _ENTRIES
+        if ours in arrays[c]
+    }
+
+
+def _check_names(entries: Mapping[str, Any], dot: str) -> None:
+    """Refuses a part of PyTorch's state dict that is not one batch norm's, or not all of it."""
+    known = [theirs for theirs, _, _ in _ENTRIES]
+    if unknown := [dot + name for name in entries if name not in known]:
+        raise ValueError(
+            f"state_dict has {_listed(unknown)}, but a batch norm has "
+            f"{_listed([dot + name for name in known])}. Give the prefix of one batch norm."
+        )
+    for name, needed in (
+        ("bias", "weight"),
+        ("running_mean", "running_var"),
+        ("running_var", "running_mean"),
+        ("num_batches_tracked", "running_mean"),
+    ):
+        if name in entries and needed not in entries:
+            raise ValueError(
+                f"state_dict has {dot + name!r}, but not {dot + needed!r}. "
+                "Give all entries of the batch norm."
+            )
+
+
+def _check_shapes(variables: Mapping[str, Mapping[str, np.ndarray]], dot: str) -> None:
+    """Refuses what is not one value for each feature, and steps that are not one number."""
+    given = {
+        f"{dot}{theirs} ({ours})": (variables[collection][ours], ours == "steps")
+        for theirs, collection, ours in _ENTRIES
+        if ours in variables[collection]
+    }
+    sizes = {p.shape for p, is_scalar in given.values() if not is_scalar}
+    fits = len(sizes) < 2 and all(len(shape) == 1 for shape in sizes)
+    if not fits or any(p.shape for p, is_scalar in given.values() if is_scalar):
+        shapes = ", ".join(f"{name} {p.shape}" for name, (p, _) in given.items())
+        raise ValueError(
+            f"The shapes are {shapes}. In a PyTorch batch norm all are [features], and "
+            "num_batches_tracked (steps) is a scalar."
+        )
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    """The first names, quoted."""
+    more = ["..."] if len(names) > most else []
+    return ", ".join([*map(repr, names[:most]), *more])

@@ -1,0 +1,253 @@
+"""Trained weights: folding the arrays of one layer, PyTorch in and out, what weight decay is for."""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from flax import nnx
+from test_inputs import assert_refused
+
+import bnjax
+import bnjax.linen
+import bnjax.nnx
+
+EPSILON = 1e-3
+
+
+def trained(features, seed=0):
+    """Running statistics, scale and bias of a batch norm somewhere in a trained network."""
+    rng = np.random.default_rng(seed)
+    mean, scale, bias = rng.standard_normal((3, *features))
+    return bnjax.Moments(mean, rng.uniform(0.2, 3, features)), scale, bias
+
+
+def float32(tree):
+    return jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), tree)
+
+
+def assert_relative(ours, true, tolerance=1e-5):
+    assert ours.shape == true.shape
+    ours = np.asarray(ours, np.float64)
+    assert np.abs(ours - true).max() <= tolerance * np.abs(true).max()
+
+
+def assert_folds(layer, x_shape, *, norm_axes=(-1,), feature_axis=-1, sizes=None):
+    """The folded linen layer alone gives the normalized output of the layer, in float64."""
+    x = jnp.asarray(np.random.default_rng(1).standard_normal(x_shape), jnp.float32)
+    params = layer.init(jax.random.key(0), x)["params"]
+    bias = params.get("bias")
+    if bias is not None:
+        params["bias"] = bias = jnp.arange(bias.size, dtype=jnp.float32).reshape(bias.shape)
+    y = layer.apply({"params": params}, x)
+    m, scale, shift = trained(tuple(y.shape[i] for i in norm_axes))
+    true = reference.normalize(
+        y, m.mean, m.var, scale, shift, feature_axis=norm_axes, epsilon=EPSILON
+    ).astype(np.float64)
+
+    kernel, bias = bnjax.fold(
+        params["kernel"],
+        bias,
+        *float32((m, scale, shift)),
+        feature_axis=feature_axis,
+        epsilon=EPSILON,
+    )
+    assert kernel.dtype == bias.dtype == jnp.float32
+    folded = layer.clone(use_bias=True)
+    assert_relative(folded.apply({"params": {"kernel": kernel, "bias": bias}}, x), true)
+
+
+CONVOLUTIONS = [
+    dict(padding=padding, strides=strides, feature_group_count=groups, kernel_dilation=dilation)
+    for padding, strides, groups, dilation in itertools.product(
+        ["SAME", "VALID", "CIRCULAR", "REFLECT", 1, ((0, 2), (1, 0))], [1, 2], [1, 2, 4], [1, 2]
+    )
+]
+
+
+@pytest.mark.parametrize("fields", CONVOLUTIONS, ids=lambda f: "-".join(map(str, f.values())))
+def test_folding_into_a_convolution(fields):
+    use_bias = CONVOLUTIONS.index(fields) % 2 == 0
+    assert_folds(nn.Conv(8, (3, 3), use_bias=use_bias, **fields), (2, 7, 6, 4))
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("ndim", [1, 3])
+def test_folding_into_convolutions_of_other_ranks(ndim, strides, use_bias):
+    padding = "CAUSAL" if ndim == 1 else "SAME"
+    layer = nn.Conv(5, (3,) * ndim, strides, padding, use_bias=use_bias)
+    assert_folds(layer, (2, *[4] * ndim, 3))
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("transpose_kernel", [True, False])
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR", ((0, 2), (1, 0))])
+def test_folding_into_a_transposed_convolution(padding, strides, transpose_kernel, dilation):
+    layer = nn.ConvTranspose(
+        5,
+        (3, 2),
+        (strides, strides),
+        padding,
+        (dilation, dilation),
+        transpose_kernel=transpose_kernel,
+        use_bias=dilation == 1,
+    )
+    assert_folds(layer, (2, 4, 5, 3), feature_axis=-2 if transpose_kernel else -1)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_folding_into_a_dense_layer(use_bias):
+    assert_folds(nn.Dense(5, use_bias=use_bias), (6, 3))
+    assert_folds(nn.DenseGeneral(5, axis=(1, 2), use_bias=use_bias), (6, 3, 4))
+    several = nn.DenseGeneral((2, 5), use_bias=use_bias)
+    assert_folds(several, (6, 3), norm_axes=(-2, -1), feature_axis=(-2, -1))
+    batched = nn.DenseGeneral((2, 5), batch_dims=(0,), use_bias=use_bias)
+    assert_folds(batched, (3, 6, 4), norm_axes=(0, -2, -1), feature_axis=(0, -2, -1))
+
+
+def test_folding_keeps_the_dtypes_of_the_layer():
+    m, scale, bias = float32(trained((4,)))
+    half = jnp.ones((3, 4), jnp.bfloat16)
+    assert [p.dtype for p in bnjax.fold(half, None, m)] == [jnp.bfloat16] * 2
+    kernel, own = bnjax.fold(half, jnp.ones(4), m, scale, bias)
+    assert (kernel.dtype, own.dtype) == (jnp.bfloat16, jnp.float32)
+    assert_relative(kernel.astype(jnp.float32), np.tile(scale / np.sqrt(m.var), (3, 1)), 5e-3)
+
+
+def test_folding_a_complex_normalization():
+    rng = np.random.default_rng(0)
+    x, w, mean, scale = (
+        (rng.standard_normal((2, *s)) * [[[1]], [[1j]]]).sum(0).astype(np.complex64)
+        for s in [(6, 3), (3, 4), (1, 4), (1, 4)]
+    )
+    m, scale = bnjax.Moments(mean[0], jnp.arange(1.0, 5)), scale[0]
+    for kernel in (w, w.real):
+        true = (x @ kernel - mean) / np.sqrt(np.arange(1.0, 5) + 1e-5) * scale
+        folded, bias = bnjax.fold(kernel, None, m, scale)
+        np.testing.assert_allclose(x @ np.asarray(folded) + np.asarray(bias), true, rtol=1e-4)
+
+
+def test_folding_refuses_what_does_not_fit():
+    kernel, m = jnp.ones((3, 4)), bnjax.Moments(jnp.ones(4), jnp.ones(4))
+    end = "Give one value for each feature, or another feature_axis."
+    said = "but kernel has shape (3, 4) and features of shape"
+    for name, args in {
+        "kernel_bias": (kernel, jnp.ones(3), m),
+        "mean": (kernel, None, m._replace(mean=jnp.ones(3))),
+        "var": (kernel, None, m._replace(var=jnp.ones(3))),
+        "scale": (kernel, None, m, jnp.ones(3)),
+        "bias": (kernel, None, m, None, jnp.ones(3)),
+    }.items():
+        message = f"{name} has shape (3,), {said} (4,) on axis -1. {end}"
+        assert_refused(lambda args=args: bnjax.fold(*args), message)
+    assert_refused(
+        lambda: bnjax.fold(kernel, None, m, feature_axis=0),
+        f"mean has shape (4,), {said} (3,) on axis 0. {end}",
+    )
+    assert_refused(
+        lambda: bnjax.fold(kernel, None, m, feature_axis=2),
+        "feature_axis (a layer's axis) is 2, but kernel has shape (3, 4). Choose from -2 to 1.",
+    )
+    assert_refused(
+        lambda: bnjax.fold(kernel, None, m, epsilon=0),
+        "epsilon is 0, but it keeps the variance away from zero. "
+        "Choose a positive number, such as 1e-5.",
+    )
+
+
+# PyTorch
+
+
+class Documented:
+    """PyTorch's layer as its documentation says it, in NumPy: the oracle without PyTorch."""
+
+    def __init__(self, shape, momentum, affine, track_running_stats):
+        rng = np.random.default_rng(0)
+        n = shape[1]
+        self.momentum, self.state = momentum, {}
+        if affine:
+            self.state |= {"weight": rng.uniform(0.5, 2, n), "bias": rng.standard_normal(n)}
+        if track_running_stats:
+            statistics = rng.standard_normal(n), rng.uniform(0.5, 2, n)
+            self.state |= dict(zip(["running_mean", "running_var"], statistics, strict=True))
+            self.state["num_batches_tracked"] = np.array(7)
+
+    def train(self, x, dy):
+        """Output and input gradient; the running statistics move."""
+        state, settings = self.state, {"feature_axis": 1, "epsilon": EPSILON}
+        scale, bias = state.get("weight", 1.0), state.get("bias", 0.0)
+        if "running_mean" in state:
+            state["num_batches_tracked"] = state["num_batches_tracked"] + 1
+            share = self.momentum
+            if share is None:
+                share = 1 / state["num_batches_tracked"]
+            m = reference.moments(x, feature_axis=1)
+            n = x.size // x.shape[1]
+            for name, new in (("running_mean", m.mean), ("running_var", m.var * n / (n - 1))):
+                state[name] = np.asarray((1 - share) * state[name] + share * new, np.float64)
+        y = reference.batch_norm(x, scale, bias, **settings)
+        return y, reference.gradient(x, dy, scale, **settings).x
+
+    def evaluate(self, x):
+        """Without running statistics, the batch's."""
+        state = self.state
+        if "running_mean" not in state:
+            return self.train(x, x)[0]
+        statistics = state["running_mean"], state["running_var"]
+        scale, bias = state.get("weight", 1.0), state.get("bias", 0.0)
+        return reference.normalize(x, *statistics, scale, bias, feature_axis=1, epsilon=EPSILON)
+
+
+@pytest.fixture
+def float64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+SHAPES = {"BatchNorm1d": (6, 3, 4), "BatchNorm2d": (4, 3, 2, 5), "BatchNorm3d": (2, 3, 2, 3, 2)}
+RUNS = [
+    (kind, momentum, affine, tracks)
+    for kind, momentum, affine, tracks in itertools.product(
+        SHAPES, [0.1, None], [True, False], [True, False]
+    )
+    if tracks or momentum
+]
+
+
+def batches(shape):
+    """Ten of them: inputs of large mean, and gradients of the output."""
+    rng = np.random.default_rng(1)
+    return [(5 + 3 * rng.standard_normal(shape), rng.standard_normal(shape)) for _ in range(10)]
+
+
+def near(ours, true):
+    np.testing.assert_allclose(
+        np.asarray(ours), np.asarray(true, np.float64), rtol=1e-10, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize(("kind", "momentum", "affine", "tracks"), RUNS)
+def test_the_oracle_is_pytorch(kind, momentum, affine, tracks):
+    torch = pytest.importorskip("torch")
+    oracle = Documented(SHAPES[kind], momentum, affine, tracks)
+    layer = getattr(torch.nn, kind)(3, EPSILON, momentum, affine, tracks, dtype=torch.float64)
+    layer.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in oracle.state.items()})
+    for x, dy in batches(SHAPES[kind]):
+        x_torch = torch.from_numpy(x).requires_grad_()
+        y = layer(x_torch)
+        y.backward(torch.from_numpy(dy))
+        true_y, true_dx = oracle.train(x, dy)
+        near(y.detach().numpy(), true_y)
+        near(x_torch.grad.numpy(), true_dx)
+    assert list(layer.state_dict()) == list(oracle.state)
+    for name, p in layer.state_dict().items():
+        near(p.numpy(), oracle.state[name])
+    layer.eval()
+    near(layer(torch.from_numpy(x)).detach().numpy(), oracle.evaluate(x))
