@@ -1,5 +1,7 @@
 """What weight decay is for, found from the variables."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.tree_util import tree_flatten_with_path
@@ -18,8 +20,9 @@ def decay_mask(params: Tree, batch_stats: Tree) -> Tree:
       batch_stats: linen's `variables["batch_stats"]`, or `nnx.state(model, nnx.BatchStat)`.
 
     Returns:
-      A tree with the structure of `params` that has True where weights decay: the `mask` of
-      `optax.adamw` and `optax.add_decayed_weights`, and labels for `optax.multi_transform`.
+      A tree like `params` (without NNX's variables around its leaves) that has True where weights
+      decay: the `mask` of `optax.adamw` and `optax.add_decayed_weights`, also in
+      `nnx.Optimizer`, and the labels of `optax.multi_transform`.
 
     Raises:
       ValueError: for whole variables instead of the two collections.
@@ -33,7 +36,7 @@ def decay_mask(params: Tree, batch_stats: Tree) -> Tree:
       >>> print(mask["Dense_0"], mask["BatchNorm_0"])
       {'bias': True, 'kernel': True} {'bias': False, 'scale': False}
     """
-    leaves, treedef = tree_flatten_with_path(params)
+    leaves, treedef = tree_flatten_with_path(params, is_leaf=_is_box)
     paths = [path_of(keys) for keys, _ in leaves]
     layers, _ = split_layers(batch_stats)
     for name, top in (("params", paths), ("batch_stats", layers)):
@@ -44,7 +47,12 @@ def decay_mask(params: Tree, batch_stats: Tree) -> Tree:
             )
     shapes = {path: {jnp.shape(p) for p in stats.values()} for path, stats in layers.items()}
     decays = [
-        jnp.shape(p) not in shapes.get(path[:-1], ())
+        jnp.shape(*jax.tree.leaves(p)) not in shapes.get(path[:-1], ())
         for path, (_, p) in zip(paths, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, decays)
+
+
+def _is_box(node: Any) -> bool:
+    """Whether this is NNX's variable or linen's box: optax sees some trees with, some without."""
+    return hasattr(node, "get_metadata") or hasattr(node, "unbox")

@@ -34,11 +34,13 @@ class Fit(NamedTuple):
       kernel_axes: those of the layer's output features, ascending.
       missing: which of these features, by number, the batch norm does not tell apart.
       dtype: of the batch norm's output.
+      eps: of the coarser of the two outputs.
     """
 
     kernel_axes: Shape
     missing: Shape
     dtype: Any
+    eps: float
 
 
 def find(path: str, modules: Mapping[str, Any]) -> Any:
@@ -114,7 +116,8 @@ def see_fit(
             f"{tuple(places)}. Statistics of positions do not fold."
         )
     missing = tuple(i for i, place in enumerate(places) if place not in axes)
-    return Fit(tuple(places.values()), missing, y.dtype)
+    eps = max(float(jnp.finfo(p.dtype).eps) for p in (x, y))
+    return Fit(tuple(places.values()), missing, y.dtype, eps)
 
 
 def _shape(arrays: list[Any]) -> str:
@@ -158,12 +161,20 @@ def perturb(norm: Norm) -> Norm:
     return Norm(mean, var * draw(var, 0.5), scale, bias, epsilon)
 
 
-def check(pairs: Pairs, outputs: Any, folded_outputs: Callable[[Pairs], Any]) -> None:
+def check(
+    pairs: Pairs,
+    fits: Mapping[str, Fit],
+    run: Callable[[], Any],
+    run_folded: Callable[[Pairs], Any],
+) -> None:
     """Refuses the pairs whose folding changes what the model returns, and names the first."""
-    if _agree(outputs, folded_outputs(pairs)):
-        return
-    alone = ({layer: norm} for layer, norm in pairs.items())
-    blamed = next((p for p in alone if not _agree(outputs, folded_outputs(p))), pairs)
+    eps = max((fit.eps for fit in fits.values()), default=0.0)
+    with jax.default_matmul_precision("highest"):  # accelerators round products, too
+        outputs = run()
+        if _agree(outputs, run_folded(pairs), eps):
+            return
+        alone = ({layer: norm} for layer, norm in pairs.items())
+        blamed = next((p for p in alone if not _agree(outputs, run_folded(p), eps)), pairs)
     names = ", ".join(f"{norm!r} into {layer!r}" for layer, norm in blamed.items())
     raise ValueError(
         f"Folding {names} changes what the model returns. Leave out layers whose output is used "
@@ -171,13 +182,14 @@ def check(pairs: Pairs, outputs: Any, folded_outputs: Callable[[Pairs], Any]) ->
     )
 
 
-def _agree(outputs: Any, others: Any) -> bool:
-    """Whether all leaves are the same, up to half of the digits that their dtype has."""
+def _agree(outputs: Any, others: Any, eps: float) -> bool:
+    """Whether all leaves are the same, up to half of the digits that the coarsest dtype has."""
 
     def close(a: Any, b: Any) -> bool:
-        eps = float(jnp.finfo(a.dtype).eps) if jnp.issubdtype(a.dtype, jnp.inexact) else 0
+        inexact = jnp.issubdtype(a.dtype, jnp.inexact)
+        tolerance = max(eps, float(jnp.finfo(a.dtype).eps)) ** 0.5 if inexact else 0
         wide = np.complex128 if jnp.iscomplexobj(a) else np.float64
         a, b = np.asarray(a).astype(wide), np.asarray(b).astype(wide)
-        return bool(np.all(np.abs(a - b) <= eps**0.5 * np.abs(a).max(initial=0)))
+        return bool(np.all(np.abs(a - b) <= tolerance * np.abs(a).max(initial=0)))
 
     return all(jax.tree.leaves(jax.tree.map(close, outputs, others)))

@@ -1,5 +1,6 @@
 """Fold the batch norms of a linen model: new variables, and flax's interceptors to apply them."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,20 +74,18 @@ def fold(
     flat = flatten_dict(nn.meta.unbox(variables), sep="/")
     norms, fits = _look(model, flat, pairs, args, kwargs)
 
-    @jax.jit
-    def run(flat: Flat) -> Any:
-        return model.apply(unflatten_dict(flat, sep="/"), *args, **kwargs)
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(apply: Callable[..., Any], flat: Flat) -> Any:
+        return apply(unflatten_dict(flat, sep="/"), *args, **kwargs)
 
-    @jax.jit
-    def run_folded(flat: Flat) -> Any:
-        return apply_folded(model, unflatten_dict(flat, sep="/"), *args, **kwargs)
+    apply_to_folded = functools.partial(apply_folded, model)
+
+    def run_folded(flat: Flat, pairs: Pairs) -> Any:
+        return run(apply_to_folded, _folded(flat, pairs, norms, fits))
 
     for sample in (flat, _perturbed(flat, norms)):
-
-        def folded_outputs(pairs: Pairs, flat: Flat = sample) -> Any:
-            return run_folded(_folded(flat, pairs, norms, fits))
-
-        check(pairs, run(sample), folded_outputs)
+        as_given = functools.partial(run, model.apply, sample)
+        check(pairs, fits, as_given, functools.partial(run_folded, sample))
     return unflatten_dict(_folded(flat, pairs, norms, fits), sep="/")
 
 

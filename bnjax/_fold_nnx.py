@@ -1,5 +1,6 @@
 """Fold the batch norms of an NNX model: surgery on a copy."""
 
+import functools
 from collections.abc import Callable, MutableSequence
 from typing import Any
 
@@ -74,12 +75,13 @@ def fold(model: nnx.Module, pairs: Pairs, *args: Any, **kwargs: Any) -> nnx.Modu
     model = nnx.clone(model)
     model.eval()
     fits = _look(model, pairs, args, kwargs)
+
+    def run_folded(model: Any, pairs: Pairs) -> Any:
+        return _folded(model, pairs, fits)(*args, **kwargs)
+
     for sample in (model, _perturbed(model, pairs)):
-
-        def folded_outputs(pairs: Pairs, sample: Any = sample) -> Any:
-            return _folded(sample, pairs, fits)(*args, **kwargs)
-
-        check(pairs, sample(*args, **kwargs), folded_outputs)
+        as_given = functools.partial(sample, *args, **kwargs)
+        check(pairs, fits, as_given, functools.partial(run_folded, sample))
     return _folded(model, pairs, fits)
 
 

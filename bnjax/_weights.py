@@ -98,7 +98,7 @@ def _as(dtype: Any, p: Array) -> Array:
 
 def from_torch(
     state_dict: Mapping[str, ArrayLike], prefix: str = ""
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+) -> tuple[dict[str, Array], dict[str, Array]]:
     """Variables of our layers from a PyTorch `BatchNorm1d`, `2d`, `3d` or `SyncBatchNorm`.
 
     | PyTorch | ours |
@@ -120,7 +120,8 @@ def from_torch(
       prefix: the layer's name in it, say "layer1.0.bn1"; empty for the layer's own.
 
     Returns:
-      `(params, batch_stats)`, copied to NumPy arrays of the same dtypes.
+      `(params, batch_stats)`: copies, of the same dtypes where JAX has them (float64 needs
+      `jax_enable_x64`).
 
     Raises:
       ValueError: where the layer or a part of it is missing, and for entries that are not batch
@@ -143,11 +144,11 @@ def from_torch(
             f"Batch norms in it are {_listed(norms) or 'none'}."
         )
     _check_names(entries, dot)
-    variables: dict[str, dict[str, np.ndarray]] = {"params": {}, "batch_stats": {}}
+    variables: dict[str, dict[str, Array]] = {"params": {}, "batch_stats": {}}
     for theirs, collection, ours in _ENTRIES:
         if theirs in entries:
-            p = np.asarray(entries[theirs]).copy()
-            variables[collection][ours] = np.asarray(int(p), np.int32) if ours == "steps" else p
+            p = np.asarray(entries[theirs])
+            variables[collection][ours] = jnp.array(p, jnp.int32 if ours == "steps" else None)
     _check_shapes(variables, dot)
     return variables["params"], variables["batch_stats"]
 
@@ -217,7 +218,7 @@ def _check_names(entries: Mapping[str, Any], dot: str) -> None:
             )
 
 
-def _check_shapes(variables: Mapping[str, Mapping[str, np.ndarray]], dot: str) -> None:
+def _check_shapes(variables: Mapping[str, Mapping[str, Any]], dot: str) -> None:
     """Refuses what is not one value for each feature, and steps that are not one number."""
     given = {
         f"{dot}{theirs} ({ours})": (variables[collection][ours], ours == "steps")
