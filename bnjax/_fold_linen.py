@@ -74,18 +74,17 @@ def fold(
     flat = flatten_dict(nn.meta.unbox(variables), sep="/")
     norms, fits = _look(model, flat, pairs, args, kwargs)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(apply: Callable[..., Any], flat: Flat) -> Any:
-        return apply(unflatten_dict(flat, sep="/"), *args, **kwargs)
+    def compiled(apply: Callable[..., Any]) -> Callable[[Flat], Any]:
+        return jax.jit(lambda flat: apply(unflatten_dict(flat, sep="/"), *args, **kwargs))
 
-    apply_to_folded = functools.partial(apply_folded, model)
+    run, run_folded = map(compiled, (model.apply, functools.partial(apply_folded, model)))
 
-    def run_folded(flat: Flat, pairs: Pairs) -> Any:
-        return run(apply_to_folded, _folded(flat, pairs, norms, fits))
+    def fold_and_run(flat: Flat, pairs: Pairs) -> Any:
+        return run_folded(_folded(flat, pairs, norms, fits))
 
     for sample in (flat, _perturbed(flat, norms)):
-        as_given = functools.partial(run, model.apply, sample)
-        check(pairs, fits, as_given, functools.partial(run_folded, sample))
+        as_given = functools.partial(run, sample)
+        check(pairs, fits, as_given, functools.partial(fold_and_run, sample))
     return unflatten_dict(_folded(flat, pairs, norms, fits), sep="/")
 
 

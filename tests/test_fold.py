@@ -409,6 +409,52 @@ def test_a_layer_whose_output_is_used_elsewhere_is_refused():
     )
 
 
+class NormWithRelu(bnjax.linen.BatchNorm):
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(super().__call__(x))
+
+
+class NormWithReluNNX(bnjax.nnx.BatchNorm):
+    def __call__(self, x):
+        return nnx.relu(super().__call__(x))
+
+
+def test_an_activation_inside_the_batch_norm_is_refused():
+    """Others drop it in silence."""
+    end = (
+        "Leave out layers whose output is used elsewhere, too, and call the model as in evaluation."
+    )
+    model = nn.Sequential([nn.Dense(8), NormWithRelu(use_running_average=True)])
+    variables = model.init(jax.random.key(0), X)
+    assert_refused(
+        lambda: bnjax.linen.fold(model, variables, {"layers_0": "layers_1"}, X),
+        f"Folding 'layers_1' into 'layers_0' changes what the model returns. {end}",
+    )
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(3, 8, rngs=rngs), NormWithReluNNX(8, rngs=rngs))
+    assert_refused(
+        lambda: bnjax.nnx.fold(model, {"layers/0": "layers/1"}, X),
+        f"Folding 'layers/1' into 'layers/0' changes what the model returns. {end}",
+    )
+
+
+def test_a_model_that_cannot_be_hashed():
+    class Listed(nn.Module):
+        sizes: list
+
+        @nn.compact
+        def __call__(self, x):
+            for n in self.sizes:
+                x = bnjax.linen.BatchNorm(True)(nn.Dense(n)(x))
+            return x
+
+    model, pairs = Listed([4, 5]), {"Dense_0": "BatchNorm_0", "Dense_1": "BatchNorm_1"}
+    variables = trained(model)
+    y = bnjax.linen.apply_folded(model, bnjax.linen.fold(model, variables, pairs, X), X)
+    assert_same_output(y, model.apply(variables, X))
+
+
 def test_statistics_of_positions_are_refused():
     assert_both_refuse(
         "axis",

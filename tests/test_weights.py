@@ -525,3 +525,79 @@ def test_optax_decays_what_the_mask_says_in_nnx():
     optimizer.update(model, jax.tree.map(jnp.zeros_like, params))
     moved = after_decay(before, nnx.state(model, nnx.Param))
     assert jax.tree.leaves(moved) == jax.tree.leaves(mask)
+
+
+# Recipes for fine-tuning
+
+
+X = 3 + np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)
+
+
+class TwoLayers(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        for name in ("stem", "head"):
+            x = nn.Dense(4)(x)
+            x = bnjax.linen.BatchNorm(name=name)(x, use_running_average=not train)
+        return x
+
+
+def freeze_stem(call, args, kwargs, context):
+    if context.module.path == ("stem",):
+        kwargs["use_running_average"] = True
+    return call(*args, **kwargs)
+
+
+def test_some_statistics_are_frozen_by_path_in_linen():
+    network = TwoLayers()
+    variables = network.init(jax.random.key(0), X, False)
+
+    def features(variables, train, **kwargs):
+        return network.apply(variables, X, train, capture_intermediates=True, **kwargs)
+
+    with nn.intercept_methods(freeze_stem):
+        _, seen = features(variables, True, mutable=["batch_stats", "intermediates"])
+    for name, is_frozen in (("stem", True), ("head", False)):
+        stats = [v["batch_stats"][name] for v in (variables, seen)]
+        assert after_decay(*stats) == dict.fromkeys(("mean", "var"), not is_frozen)
+    _, evaluated = features(variables, False, mutable=["intermediates"])
+    outputs = [s["intermediates"]["stem"]["__call__"][0] for s in (seen, evaluated)]
+    np.testing.assert_array_equal(*outputs)
+
+
+def two_layers():
+    rngs = nnx.Rngs(0)
+    return nnx.Sequential(
+        *(
+            nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), bnjax.nnx.BatchNorm(4, rngs=rngs))
+            for _ in range(2)
+        )
+    )
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1)])
+def test_some_statistics_or_all_are_frozen_in_nnx(frozen):
+    model = two_layers()
+    model.train()
+    for i in frozen:
+        model.layers[i].eval()
+    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))
+    grads = nnx.grad(lambda model: jnp.mean((model(X) - 1) ** 2))(model)
+    moved = nnx.to_pure_dict(after_decay(before, nnx.state(model, nnx.BatchStat)))
+    assert {i for i in range(2) if not moved["layers"][i]["layers"][1]["mean"]} == {*frozen}
+    # With its own batch's statistics a batch norm passes no gradient to the bias before it.
+    bias = grads["layers"][1]["layers"][0]["bias"][...]
+    assert (float(jnp.abs(bias).max()) > 1e-3) == (1 in frozen)
+
+
+def test_scale_and_bias_are_frozen():
+    model = two_layers()
+    params = nnx.state(model, nnx.Param)
+    before = jax.tree.map(jnp.copy, params)
+    mask = bnjax.decay_mask(params, nnx.state(model, nnx.BatchStat))
+    freezing = optax.multi_transform({True: optax.sgd(0.1), False: optax.set_to_zero()}, mask)
+    optimizer = nnx.Optimizer(model, freezing, wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, params))
+    moved = after_decay(before, nnx.state(model, nnx.Param))
+    assert jax.tree.leaves(moved) == jax.tree.leaves(mask)
+    assert set(jax.tree.leaves(mask)) == {True, False}

@@ -39,11 +39,11 @@ def trained(model, x):
 
 
 def pairs_of(variables):
-    """Each numbered layer and the batch norm of its number beside it."""
+    """Each numbered layer and the batch norm of its number beside it; convolutions come first."""
     norms = {"/".join(path[:-1]) for path in flatten_dict(variables["batch_stats"])}
-    layers = {"/".join(path[:-1]) for path in flatten_dict(variables["params"])}
-    pairs = {layer: LAYERS.sub(r"BatchNorm\2", layer) for layer in sorted(layers - norms)}
-    return {layer: norm for layer, norm in pairs.items() if norm in norms}
+    layers = {"/".join(path[:-1]) for path in flatten_dict(variables["params"])} - norms
+    layer_of = {LAYERS.sub(r"BatchNorm\2", layer): layer for layer in sorted(layers, reverse=True)}
+    return {layer: norm for norm, layer in layer_of.items() if norm in norms}
 
 
 def measure(programs, rounds):
