@@ -77,7 +77,8 @@ def fold(
     def compiled(apply: Callable[..., Any]) -> Callable[[Flat], Any]:
         return jax.jit(lambda flat: apply(unflatten_dict(flat, sep="/"), *args, **kwargs))
 
-    run, run_folded = map(compiled, (model.apply, functools.partial(apply_folded, model)))
+    run = compiled(model.apply)
+    run_folded = compiled(functools.partial(apply_folded, model))
 
     def fold_and_run(flat: Flat, pairs: Pairs) -> Any:
         return run_folded(_folded(flat, pairs, norms, fits))
