@@ -1,6 +1,7 @@
 """What a worker measures: something to call, how to wait for it, and the figures of its program."""
 
 import os
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,21 +39,25 @@ def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., An
 
 
 def seconds_per_call(work: Work, repeats: int, queue: bool) -> float:
-    """The time of one call, as the mean of a few.
+    """The time of one call: on a CPU the median of a few, with `queue` their mean.
 
     With `queue` (an accelerator, which runs them in order) only the last call is waited for, so
-    that the device never waits for the host. On a CPU JAX would run them at the same time.
+    that the device never waits for the host. On a CPU JAX would run them at the same time, and
+    whatever else the machine does stops some of them for long.
     """
     work.wait(work.call())  # untimed: wakes threads and fills caches
-    start = time.perf_counter()
     if queue:
+        start = time.perf_counter()
         for _ in range(repeats):
             outputs = work.call()
         work.wait(outputs)
-    else:
-        for _ in range(repeats):
-            work.wait(work.call())
-    return (time.perf_counter() - start) / repeats
+        return (time.perf_counter() - start) / repeats
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work.wait(work.call())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
