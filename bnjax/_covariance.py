@@ -70,7 +70,7 @@ class CovMoments(NamedTuple):
         It is nothing beside them but where the pivot is far away, and a constant to autodiff.
         """
         square = CovMoments._square(m1, m2)
-        lost = 2 * m2.shape[-1] * jnp.finfo(m2.dtype).eps * lax.stop_gradient(square)
+        lost = 2 * m2.shape[-1] * float(jnp.finfo(m2.dtype).eps) * lax.stop_gradient(square)
         return m2 - square + lost * CovMoments._unit(m2)
 
     @staticmethod

@@ -53,9 +53,8 @@ def whiten(
     brings it up by 9/4; then the error 1 - s z^2 is squared. Few iterations whiten the large
     eigenvalues only, which keeps small batches from amplifying noise.
 
-    In float32 the product of a group's trace and the dtype's precision can exceed epsilon. A
-    covariance that is singular to precision is regularized by that much, so that output and
-    gradient stay finite where features outnumber samples.
+    Where a covariance is singular and rounding exceeds epsilon, what epsilon lacks is added to
+    the variances, so that output and gradient are finite also where features outnumber samples.
 
     Don't use it by default: it costs a matrix product for each example, and a factorization.
 
@@ -116,7 +115,7 @@ def _factor(cov: Array, epsilon: ArrayLike, steps: int) -> Array:
     dtype = promote(jnp.result_type(cov))
     unit = jnp.eye(cov.shape[-1], dtype=dtype)[None]
     a = cov.astype(dtype) + jnp.asarray(epsilon, dtype) * unit
-    return _saved(_newton_schulz(a, unit, steps) if steps else _cholesky(a, unit))
+    return _saved(_newton_schulz(a, unit, steps, epsilon) if steps else _cholesky(a, unit))
 
 
 def _cholesky(a: Array, unit: Array) -> Array:
@@ -126,7 +125,7 @@ def _cholesky(a: Array, unit: Array) -> Array:
     diagonal of its group by that much. Condition numbers to 1e3 are far from it.
     """
     variances = jnp.real(jnp.diagonal(a, axis1=1, axis2=2))
-    tolerance = 8 * unit.shape[-1] * jnp.finfo(a.dtype).eps
+    tolerance = 8 * unit.shape[-1] * float(jnp.finfo(a.dtype).eps)
     trial = jnp.diagonal(jnp.linalg.cholesky(lax.stop_gradient(a)), axis1=1, axis2=2)
     fine = jnp.all(jnp.real(trial) ** 2 > tolerance * lax.stop_gradient(variances), 1)
     lift = jnp.where(fine[:, None], 0, tolerance) * variances
@@ -136,11 +135,12 @@ def _cholesky(a: Array, unit: Array) -> Array:
     )
 
 
-def _newton_schulz(a: Array, unit: Array, steps: int) -> Array:
-    """The inverse square root of a, nearly. Raised by what rounding may leave of its trace."""
+def _newton_schulz(a: Array, unit: Array, steps: int, epsilon: ArrayLike) -> Array:
+    """The inverse square root of a, nearly. What epsilon lacks to outweigh rounding is added."""
     multiply = functools.partial(jnp.matmul, precision=EXACT)
     trace = jnp.real(jnp.trace(a, axis1=1, axis2=2))[:, None, None]
-    s = a / trace.astype(a.dtype) + 2 * jnp.finfo(a.dtype).eps * unit
+    lacks = 2 * float(jnp.finfo(a.dtype).eps) - jnp.asarray(epsilon, trace.dtype) / trace
+    s = a / trace.astype(a.dtype) + jnp.maximum(lacks, 0).astype(a.dtype) * unit
 
     def step(_: int, yz: tuple[Array, Array]) -> tuple[Array, Array]:
         y, z = yz

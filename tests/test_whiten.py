@@ -149,7 +149,7 @@ def test_a_mask_is_deletion_and_weights_are_repetition(kind):
         np.repeat(y[w > 0], w[w > 0], 0), whitened(given, 4, "cholesky"), atol=2e-5
     )
     dx = gradient(x, where)
-    alone = jax.grad(lambda x: jnp.sum(jnp.sin(whiten(x))))(given)
+    alone = np.asarray(jax.grad(lambda x: jnp.sum(jnp.sin(whiten(x))))(given))
     first = np.cumsum(w[w > 0]) - w[w > 0]
     np.testing.assert_allclose(dx[w > 0], alone[first] * w[w > 0, None], atol=5e-5)
     np.testing.assert_array_equal(dx[w == 0], 0)
@@ -363,8 +363,9 @@ def isotropic(rows, size):
     return x @ np.linalg.inv(np.linalg.cholesky(x.T @ x / rows)).T
 
 
-@pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("data", ["correlated", "isotropic"])
+@pytest.mark.parametrize(
+    ("data", "wide"), [("correlated", False), ("correlated", True), ("isotropic", True)]
+)
 @each_method
 def test_gradients_are_those_of_finite_differences(method, data, wide):
     x = {"correlated": correlated(12, 6, 20.0), "isotropic": isotropic(12, 6)}[data]
@@ -404,30 +405,30 @@ def test_second_derivatives(method):
     np.testing.assert_allclose(ours, theirs, atol=1e-6 * np.abs(theirs).max())
 
 
+@functools.partial(jax.jit, static_argnames="method")
+def output_and_gradient(x, dy, method):
+    y, pull = jax.vjp(lambda x: whiten(x, method=method), x)
+    return y, *pull(dy)
+
+
 @pytest.mark.parametrize("kind", ["few rows", "copies", "constants", "all one value"])
-@pytest.mark.parametrize("shape", [(1, 4), (2, 8), (5, 64), (8, 512), (100, 16)], ids=str)
 @each_method
-def test_a_singular_covariance_has_finite_gradients(method, shape, kind):
+def test_a_singular_covariance_has_finite_gradients(method, kind):
     """Where features outnumber samples, at every scale: also where rounding exceeds epsilon."""
     rng = np.random.default_rng(0)
-    dy = rng.standard_normal(shape).astype(np.float32)
-
-    @jax.jit
-    def gradient(x):
-        return jax.value_and_grad(lambda x: jnp.sum(dy * whiten(x, method=method)))(x)
-
-    for deviation in (1e-3, 1.0, 1e4):
-        for ratio in (0.0, 1e3):
-            x = deviation * (ratio + rng.standard_normal(shape))
-            if kind == "copies":
-                x[:, 1:] = x[:, :1]
-            if kind == "constants":
-                x[:, ::2] = x[:1, ::2]
-            if kind == "all one value":
-                x[:] = x[0, 0]
-            value, g = gradient(x.astype(np.float32))
-            assert np.isfinite(value)
-            assert np.isfinite(g).all()
+    for shape in ((1, 4), (5, 64), (4, 256), (100, 16)):
+        for deviation in (1e-3, 1.0, 1e4):
+            for ratio in (0.0, 1e3):
+                x = deviation * (ratio + rng.standard_normal(shape))
+                if kind == "copies":
+                    x[:, 1:] = x[:, :1]
+                if kind == "constants":
+                    x[:, ::2] = x[:1, ::2]
+                if kind == "all one value":
+                    x[:] = x[0, 0]
+                dy = rng.standard_normal(shape).astype(np.float32)
+                for result in output_and_gradient(x.astype(np.float32), dy, method):
+                    assert np.isfinite(result).all(), (shape, deviation, ratio)
 
 
 # Devices
@@ -444,8 +445,7 @@ def step(x, dy, where, scale, bias, axis_name=None):
     return y, *pull(dy), m
 
 
-@pytest.mark.parametrize("rows", [64, 1024])
-@pytest.mark.parametrize("case", ["no mask", "uneven mask", "one replica masked", "weights"])
+@pytest.mark.parametrize(("case", "rows"), [("no mask", 1024), ("one replica masked", 64)])
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_eight_devices_are_one(layout, case, rows, monkeypatch):
     monkeypatch.setattr(layouts, "step", step)
