@@ -150,7 +150,7 @@ def _apply(
     about_c = Moments(at(mean - c), at(m.var), remainder=at(rest))
     scale, bias = (None if p is None else at(p) for p in (scale, bias))
     mul, add = affine(about_c, scale, bias, epsilon=epsilon)
-    mul, add = (once(p) if p.size < x.size else p for p in (mul, add))
+    mul, add = (once(p) if p.shape != x.shape else p for p in (mul, add))
     # A masked-out NaN is taken for the mean: its output is the bias, which asks nothing of x.
     d = _finite(x.astype(c.dtype) - at(c), w, about_c.mean + about_c.remainder)
     return (d * mul + add).astype(dtype)

@@ -4,6 +4,7 @@ import functools
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -338,6 +339,16 @@ def test_checkpoint_changes_nothing(step, policy):
         np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
+@every_implementation
+def test_a_batch_of_any_size_exports_as_one_program(step):
+    """With a symbolic size, about which comparisons are not to be decided."""
+    (size,) = jax.export.symbolic_shape("size")
+    x, scale, bias, _ = small()
+    shape = jax.ShapeDtypeStruct((size, 3), x.dtype)
+    out = jax.export.export(jax.jit(step))(shape, scale, bias).call(x, scale, bias)
+    assert_step_close(out, x, scale, bias)
+
+
 # Devices
 
 
@@ -438,6 +449,14 @@ def test_remembered_statistics_are_applied_as_they_are(dtype):
     np.testing.assert_allclose(
         y.astype(np.float32), expected, rtol=float(jnp.finfo(dtype).eps), atol=1e-6
     )
+
+
+def test_inference_on_a_batch_of_any_size_exports_as_one_program():
+    (size,) = jax.export.symbolic_shape("size")
+    x, m = small()[0], Moments(jnp.full(3, 0.5), jnp.full(3, 4.0))
+    shape = jax.ShapeDtypeStruct((size, 3), x.dtype)
+    y = jax.export.export(jax.jit(bnjax.normalize))(shape, m).call(x, m)
+    assert largest_error(y, reference.normalize(x, m.mean, m.var)) <= 1e-6
 
 
 def test_inference_is_exact_far_from_zero():
