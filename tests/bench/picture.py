@@ -39,7 +39,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     where = f"{results['machine']['device']}, {results['machine']['cores']} cores"
     canvas.suptitle(f"{where}, JAX {results['versions']['jax']}", fontsize=10)
     canvas.tight_layout()
-    canvas.savefig(path, dpi=150)
+    canvas.savefig(path, dpi=120)
 
 
 def _draw_times(axis: Axes, cases: list[Case]) -> None:
