@@ -16,10 +16,10 @@ from bnjax._decay import decay_mask as decay_mask
 from bnjax._drift import drift as drift
 from bnjax._drift import drift_table as drift_table
 from bnjax._ema import ema as ema
+from bnjax._measure import moments as moments
 from bnjax._moments import MOMENTS_NAME as MOMENTS_NAME
 from bnjax._moments import Moments as Moments
 from bnjax._moments import merge as merge
-from bnjax._moments import moments as moments
 from bnjax._moments import pmerge as pmerge
 from bnjax._normalize import affine as affine
 from bnjax._normalize import batch_norm as batch_norm

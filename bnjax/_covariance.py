@@ -20,17 +20,8 @@ from bnjax._inputs import (
     read_mask,
     split_axes,
 )
-from bnjax._moments import (
-    AxisName,
-    Groups,
-    _about,
-    _count,
-    _finite,
-    _mean,
-    _pmerge,
-    _saved,
-    _weigh,
-)
+from bnjax._measure import _count, _finite, _mean, _weigh
+from bnjax._moments import AxisName, Groups, _about, _pmerge, _saved
 from bnjax._rounding import near, real_dtype
 
 EXACT = lax.Precision.HIGHEST  # accelerators round the factors of a product to 16 bits otherwise

@@ -11,7 +11,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from bnjax._ghost import in_ghosts
 from bnjax._inputs import split_axes
-from bnjax._moments import Moments, moments, pmerge
+from bnjax._measure import moments
+from bnjax._moments import Moments, pmerge
 from bnjax._normalize import normalize
 from bnjax._renorm import renormalize
 from bnjax._trees import AnyMoments, Stats, as_moments, update_stats

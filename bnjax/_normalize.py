@@ -19,7 +19,8 @@ from bnjax._inputs import (
     read_mask,
     split_axes,
 )
-from bnjax._moments import MOMENTS_NAME, AxisName, Groups, Moments, _finite, moments
+from bnjax._measure import _finite, moments
+from bnjax._moments import MOMENTS_NAME, AxisName, Groups, Moments
 from bnjax._rounding import once, real_dtype
 
 

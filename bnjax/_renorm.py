@@ -19,7 +19,8 @@ from bnjax._inputs import (
     promote,
     split_axes,
 )
-from bnjax._moments import AxisName, Groups, Moments, _cast, moments
+from bnjax._measure import moments
+from bnjax._moments import AxisName, Groups, Moments, _cast
 from bnjax._normalize import normalize
 
 

@@ -20,7 +20,8 @@ from bnjax._inputs import (
     read_mask,
     split_axes,
 )
-from bnjax._moments import _finite, _saved
+from bnjax._measure import _finite
+from bnjax._moments import _saved
 
 
 def whiten(
