@@ -80,6 +80,7 @@ def merge(a: M, b: M) -> M:
     base = jnp.where(has_a, a.mean, jnp.where(has_b, b.mean, 0))
     rest = jnp.where(has_a, a.remainder, jnp.where(has_b, b.remainder, 0))
     mean, remainder = two_sum(base, rest + share_b.astype(dtype) * delta)
+    share_a, share_b = (p.astype(a[1].dtype) for p in (share_a, share_b))  # a cov may be complex
     within = share_a * jnp.where(has_a, a[1], 0) + share_b * jnp.where(has_b, b[1], 0)
     second = within + share_a * share_b * a._square(delta, a[1])
     return type(a)(mean, jnp.where(n > 0, second, a._unit(second)), n, remainder)

@@ -118,7 +118,7 @@ def test_the_state_keeps_its_dtypes_through_a_scan():
 
         def step(stats, _, layer=layer, variables=variables, x=x):
             y, after = train(layer, variables | {"batch_stats": stats}, x)
-            return after["batch_stats"], jnp.sum(jnp.abs(y.astype(jnp.float32)))
+            return after["batch_stats"], jnp.sum(jnp.abs(y))
 
         after, _ = jax.lax.scan(step, variables["batch_stats"], length=30)
         cov = covariance(np.asarray(x, np.complex64), 2)

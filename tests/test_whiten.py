@@ -459,23 +459,22 @@ def test_eight_devices_are_one(layout, case, rows, monkeypatch):
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("rows", [64, 8 * 77, 1024])
-def test_sharded_batches_meet_only_in_all_reduces(rows):
-    """Two forward, and one backward: as many as batch norm's."""
+@pytest.mark.parametrize(("rows", "reductions"), [(64, 4), (8 * 77, 2), (1024, 2)])
+def test_sharded_batches_meet_only_in_all_reduces(rows, reductions):
+    """Two forward and one backward, as batch norm's; four where a block lies on many devices."""
     mesh = Mesh(np.array(jax.devices()), ("data",))
     x = jax.ShapeDtypeStruct((rows, 6), np.float32, sharding=NamedSharding(mesh, P("data")))
 
-    def loss(x):
+    def f(x):
         return whiten(x, group_size=3, method="newton_schulz")
 
-    def collectives(f):
-        found = re.findall(r"= [^=]*\b(all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", f)
-        return sorted(found)
+    def collectives(f, *args):
+        program = jax.jit(f).lower(*args).compile().as_text()
+        return re.findall(r"= [^=]*\b(all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", program)
 
-    forward = jax.jit(loss).lower(x).compile().as_text()
-    backward = jax.jit(lambda x, dy: jax.vjp(loss, x)[1](dy)).lower(x, x).compile().as_text()
-    assert collectives(forward) == 2 * ["all-reduce"]
-    assert collectives(backward) == 3 * ["all-reduce"]
+    assert collectives(f, x) == reductions * ["all-reduce"]
+    both = collectives(lambda x, dy: jax.vjp(f, x)[1](dy), x, x)
+    assert both == (reductions + 1) * ["all-reduce"]
 
 
 def test_replicas_may_whiten_on_their_own():
