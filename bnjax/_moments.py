@@ -44,7 +44,8 @@ class Moments(NamedTuple):
 
     @staticmethod
     def _central(m2: Array, m1: Array) -> Array:
-        return jnp.maximum(m2 - abs2(m1), 0)
+        var = m2 - abs2(m1)
+        return jnp.where(var < 0, 0, var)  # `maximum` may hide a NaN on some backends
 
     @staticmethod
     def _unit(like: Array) -> ArrayLike:
