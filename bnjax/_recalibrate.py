@@ -39,7 +39,8 @@ def recalibrate(
 
     Args:
       measure: gives the moments of the network's layers on one of the batches, in training mode.
-        It is the caller's, and so are keys, further inputs and sharding. Pass it jitted.
+        It is the caller's, and so are keys, further inputs and sharding. Pass it jitted;
+        `recalibrate` itself looks at what comes out, so it runs outside jit.
       batch_stats: the statistics to replace, as in `update_stats`. Layers that have no moments
         and features without any value stay as they are, and so does every `steps`.
       batches: passed to `measure` one after the other; none is kept.
