@@ -411,21 +411,21 @@ def output_and_gradient(x, dy, method):
     return y, *pull(dy)
 
 
-@pytest.mark.parametrize("kind", ["few rows", "copies", "constants", "all one value"])
+@pytest.mark.parametrize("kind", ["few rows", "copies", "constants", "all rows alike"])
 @each_method
 def test_a_singular_covariance_has_finite_gradients(method, kind):
     """Where features outnumber samples, at every scale: also where rounding exceeds epsilon."""
     rng = np.random.default_rng(0)
-    for shape in ((1, 4), (5, 64), (4, 256), (100, 16)):
-        for deviation in (1e-3, 1.0, 1e4):
+    for shape in ((1, 4), (5, 64), (4, 256), (100, 64)):
+        for deviation in (1e-3, 1.0, 1e6):
             for ratio in (0.0, 1e3):
                 x = deviation * (ratio + rng.standard_normal(shape))
                 if kind == "copies":
                     x[:, 1:] = x[:, :1]
                 if kind == "constants":
                     x[:, ::2] = x[:1, ::2]
-                if kind == "all one value":
-                    x[:] = x[0, 0]
+                if kind == "all rows alike":
+                    x[:] = x[0]
                 dy = rng.standard_normal(shape).astype(np.float32)
                 for result in output_and_gradient(x.astype(np.float32), dy, method):
                     assert np.isfinite(result).all(), (shape, deviation, ratio)
