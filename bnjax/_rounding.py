@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -42,6 +43,8 @@ def once(v: Array) -> Array:
     XLA cannot see it is exact, and remains a division, as does its derivative's.
     """
     if jnp.iscomplexobj(v):  # whose division is not exact
+        return v
+    if jax.__version_info__ < (0, 10):  # the saving policy would pay for it with memory
         return v
     return v / lax.optimization_barrier(jnp.ones_like(v))
 
