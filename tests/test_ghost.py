@@ -114,6 +114,22 @@ def test_it_is_accurate_at_large_means(step, pivot):
 
 
 @every_layer
+def test_the_running_mean_is_the_pivot_of_every_part(step):
+    x, _, scale, bias = batch()
+    far = np.full(5, 1e4, np.float32)  # so far away that it shows
+    out = step(
+        x, scale, bias, running=(far, np.ones(5, np.float32)), pivot="running", ghost_batch_size=4
+    )
+    y, _ = jax.vmap(lambda x: bnjax.batch_norm(x, scale, bias, pivot=far))(x.reshape(6, 4, 3, 5))
+    np.testing.assert_allclose(out.y, y.reshape(x.shape), rtol=1e-3)
+    assert largest_difference(out.y, step(x, scale, bias, ghost_batch_size=4).y) > 0.1
+
+
+def largest_difference(a, b):
+    return np.max(np.abs(np.asarray(a) - np.asarray(b)))
+
+
+@every_layer
 def test_features_on_other_axes(step):
     x, _, _, _ = batch()
     scale, bias = np.random.default_rng(2).standard_normal((2, 3)).astype(np.float32)
