@@ -81,11 +81,14 @@ def check_ddof(ddof: int) -> None:
         )
 
 
-def check_affine(name: str, p: Array | None, shape: Shape, features: Shape) -> None:
-    """Refuses a scale or bias that is neither per feature nor broadcasts against x."""
+def read_affine(name: str, given: ArrayLike | None, shape: Shape, features: Shape) -> Array | None:
+    """A scale or bias as an array; refuses what is neither per feature nor broadcasts to x."""
+    if given is None:
+        return None
+    p = as_array(given)
     sizes = tuple(shape[i] for i in features)
-    if p is None or p.shape == sizes or (p.ndim == len(shape) and _fits(p.shape, shape)):
-        return
+    if p.shape == sizes or (p.ndim == len(shape) and _fits(p.shape, shape)):
+        return p
     raise ValueError(
         f"{name} has shape {p.shape}, but x has shape {shape} and features of shape {sizes}. "
         "Give one value for each feature, or an array of x's rank that broadcasts to x."

@@ -12,10 +12,10 @@ from bnjax._inputs import (
     Axes,
     Shape,
     as_array,
-    check_affine,
     check_epsilon,
     check_features,
     promote,
+    read_affine,
     read_mask,
     split_axes,
 )
@@ -117,10 +117,8 @@ def normalize(
     check_epsilon(epsilon)
     if dtype is None:
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else promote(x.dtype)
-    scale = None if scale is None else as_array(scale)
-    bias = None if bias is None else as_array(bias)
-    check_affine("scale", scale, x.shape, features)
-    check_affine("bias", bias, x.shape, features)
+    scale = read_affine("scale", scale, x.shape, features)
+    bias = read_affine("bias", bias, x.shape, features)
     weights = read_mask(where, x.shape, features)
     return _apply(x, m, scale, bias, weights, epsilon, reduced, jnp.dtype(dtype))
 

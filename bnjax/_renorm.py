@@ -12,11 +12,11 @@ from bnjax._inputs import (
     Axes,
     Shape,
     as_array,
-    check_affine,
     check_epsilon,
     check_features,
     is_static,
     promote,
+    read_affine,
     split_axes,
 )
 from bnjax._measure import moments
@@ -125,10 +125,8 @@ def renormalize(
     x = as_array(x)
     features, reduced = split_axes(feature_axis, x.shape)
     sizes = tuple(x.shape[i] for i in features)
-    scale = None if scale is None else as_array(scale)
-    bias = None if bias is None else as_array(bias)
-    check_affine("scale", scale, x.shape, features)
-    check_affine("bias", bias, x.shape, features)
+    scale = read_affine("scale", scale, x.shape, features)
+    bias = read_affine("bias", bias, x.shape, features)
     check_epsilon(epsilon)
     check_features("running.mean", jnp.shape(running.mean), sizes)
     check_features("running.var", jnp.shape(running.var), sizes)
