@@ -1,0 +1,86 @@
+"""Every program of the README and the guide runs, on its own, and prints what the page says."""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import re
+import runpy
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "notebooks" / "guide").glob("*.md"))]
+PROGRAM = re.compile(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e[-+]?\d+)?")
+
+
+PROGRAMS = [
+    pytest.param(code, output, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, (code, output) in enumerate(PROGRAM.findall(page.read_text()), 1)
+]
+
+
+def a_reader():
+    """An interpreter without the strict settings and the fake devices of these tests."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), forget_fake_devices)
+
+
+def forget_fake_devices():
+    os.environ.pop("XLA_FLAGS", None)
+
+
+@pytest.fixture(scope="module")
+def reader():
+    """One for all programs: to start JAX takes longer than most of them."""
+    with a_reader() as pool:
+        yield pool
+
+
+def run(code, folder):
+    """What the program prints, as a script of its own: nothing of an earlier one is left."""
+    os.chdir(folder)
+    script = Path(folder, "program.py")
+    script.write_text(code)
+    with contextlib.redirect_stdout(io.StringIO()) as printed, warnings.catch_warnings():
+        warnings.filterwarnings("error", category=DeprecationWarning, module="__main__")
+        runpy.run_path(str(script), run_name="__main__")
+    return printed.getvalue()
+
+
+def assert_prints(printed, output):
+    """Trained numbers differ in the second digit between versions of JAX; words do not."""
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", output)
+    numbers = [np.array(NUMBER.findall(text), float) for text in (printed, output)]
+    np.testing.assert_allclose(*numbers, atol=0.03)
+
+
+@pytest.mark.parametrize(("code", "output"), PROGRAMS)
+def test_a_program_prints_what_its_page_says(code, output, reader, tmp_path):
+    if "jax_num_cpu_devices" in code:  # can be set only before JAX starts
+        with a_reader() as pool:
+            printed = pool.submit(run, code, tmp_path).result()
+    else:
+        printed = reader.submit(run, code, tmp_path).result()
+    if output:
+        assert_prints(printed, output)
+
+
+def test_every_figure_of_the_table_is_still_measured():
+    table = README.read_text().split("<!-- differences -->")[1].split("<!-- end -->")[0]
+    script = Path(__file__).parent / "bench" / "differences.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    ours = [row.split("|")[3].strip() for row in done.stdout.splitlines() if row.startswith("| ")]
+    said = [row.split("|")[3].strip() for row in table.splitlines() if row.startswith("| ")]
+    assert len(said) == len(ours) > 5
+    for new, old in zip(ours, said, strict=True):
+        numbers = [np.array(NUMBER.findall(cell), float) for cell in (new, old)]
+        np.testing.assert_allclose(*numbers, rtol=0.5, atol=1e-6)
