@@ -16,6 +16,7 @@ from bnjax._decay import decay_mask as decay_mask
 from bnjax._drift import drift as drift
 from bnjax._drift import drift_table as drift_table
 from bnjax._ema import ema as ema
+from bnjax._fold import fold as fold
 from bnjax._measure import moments as moments
 from bnjax._moments import MOMENTS_NAME as MOMENTS_NAME
 from bnjax._moments import Moments as Moments
@@ -27,11 +28,10 @@ from bnjax._normalize import convs_and_dots_saveable as convs_and_dots_saveable
 from bnjax._normalize import normalize as normalize
 from bnjax._recalibrate import recalibrate as recalibrate
 from bnjax._renorm import batch_renorm as batch_renorm
+from bnjax._torch import from_torch as from_torch
+from bnjax._torch import to_torch as to_torch
 from bnjax._trees import merge_stacked as merge_stacked
 from bnjax._trees import update_stats as update_stats
-from bnjax._weights import fold as fold
-from bnjax._weights import from_torch as from_torch
-from bnjax._weights import to_torch as to_torch
 from bnjax._whiten import whiten as whiten
 
 if TYPE_CHECKING:

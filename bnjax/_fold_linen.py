@@ -11,7 +11,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
-from bnjax._fold import (
+from bnjax._fold_model import (
     Calls,
     Fit,
     Norm,

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from bnjax._fold import (
+from bnjax._fold_model import (
     Calls,
     Fit,
     Norm,

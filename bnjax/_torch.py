@@ -1,16 +1,12 @@
-"""Trained weights: fold a normalization into the layer before it; PyTorch's names for ours."""
+"""Batch norms from PyTorch and back: its names for ours, and its arrays."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
-
-from bnjax._inputs import Axes, promote, split_axes
-from bnjax._moments import Moments
-from bnjax._normalize import affine
 
 # PyTorch's name, the collection it goes to, and our name.
 _ENTRIES = (
@@ -20,80 +16,6 @@ _ENTRIES = (
     ("running_var", "batch_stats", "var"),
     ("num_batches_tracked", "batch_stats", "steps"),
 )
-
-
-def fold(
-    kernel: ArrayLike,
-    kernel_bias: ArrayLike | None,
-    m: Moments,
-    scale: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    *,
-    feature_axis: Axes = -1,
-    epsilon: ArrayLike = 1e-5,
-) -> tuple[Array, Array]:
-    """For inference: the linear layer that does what it and the normalization after it did.
-
-    With `mul, add = affine(m, scale, bias)`, since (x W + b) mul + add = x (W mul) + (b mul + add):
-
-      kernel = kernel * mul along the feature axes,  bias = kernel_bias * mul + add
-
-    Any layer whose outputs are sums of inputs times kernel entries will do: dense layers and
-    convolutions of any padding, stride, dilation and number of groups. Don't fold what is still
-    trained, or a layer whose output something else than the normalization uses.
-    `bnjax.linen.fold` and `bnjax.nnx.fold` fold whole models, and check the result.
-
-    Args:
-      kernel: the layer's, any shape.
-      kernel_bias: the layer's, `[*features]`, or None.
-      m: the running statistics, `[*features]`.
-      scale, bias: the normalization's, `[*features]`; None is 1 and 0.
-      feature_axis: the kernel's axis of output features, or a tuple of them: the last for Flax's
-        layers, but -2 for `ConvTranspose(transpose_kernel=True)`, and 0 for PyTorch's.
-      epsilon: the normalization's; positive.
-
-    Returns:
-      `(kernel, bias)`, the kernel in its dtype, the bias in that of `kernel_bias`, or without one
-      in the kernel's (complex where the normalization is).
-
-    Raises:
-      ValueError: for an epsilon that is not positive, or a shape that does not fit.
-
-    Example:
-      >>> import bnjax, jax.numpy as jnp
-      >>> kernel, x = jnp.array([[1.0, 2.0]]), jnp.array([[3.0]])
-      >>> m = bnjax.Moments(mean=jnp.array([1.0, 2.0]), var=jnp.array([4.0, 1.0]))
-      >>> print(bnjax.normalize(x @ kernel, m, epsilon=1e-12))
-      [[1. 4.]]
-      >>> kernel, bias = bnjax.fold(kernel, None, m, epsilon=1e-12)
-      >>> print(kernel, bias, x @ kernel + bias[None])
-      [[0.5 2. ]] [-0.5 -2. ] [[1. 4.]]
-    """
-    kernel = jnp.asarray(kernel)
-    features, others = split_axes(feature_axis, kernel.shape, "kernel")
-    sizes = tuple(kernel.shape[i] for i in features)
-    given = {"kernel_bias": kernel_bias, "mean": m.mean, "var": m.var, "scale": scale, "bias": bias}
-    for name, p in given.items():
-        if p is not None and jnp.shape(p) != sizes:
-            raise ValueError(
-                f"{name} has shape {jnp.shape(p)}, but kernel has shape {kernel.shape} and "
-                f"features of shape {sizes} on axis {feature_axis}. "
-                "Give one value for each feature, or another feature_axis."
-            )
-    mul, add = affine(m, scale, bias, epsilon=epsilon)
-    dtype = promote(kernel.dtype, mul.dtype)
-    folded = kernel.astype(dtype) * lax.expand_dims(mul.astype(dtype), others)
-    if kernel_bias is None:
-        return _as(kernel.dtype, folded), _as(kernel.dtype, add)
-    own = jnp.asarray(kernel_bias)
-    dtype = promote(own.dtype, mul.dtype)
-    return _as(kernel.dtype, folded), _as(own.dtype, own.astype(dtype) * mul + add)
-
-
-def _as(dtype: Any, p: Array) -> Array:
-    """p in this dtype, unless that would drop its imaginary part."""
-    drops = jnp.iscomplexobj(p) and not jnp.issubdtype(dtype, jnp.complexfloating)
-    return p if drops else p.astype(dtype)
 
 
 def from_torch(
