@@ -2,16 +2,15 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from bnjax._inputs import (
+from bnjax import _masks
+from bnjax._arguments import (
     Axes,
     Shape,
     as_array,
@@ -20,11 +19,9 @@ from bnjax._inputs import (
     read_mask,
     split_axes,
 )
-from bnjax._measure import _count, _finite, _mean, _weigh
-from bnjax._moments import AxisName, Groups, _about, _pmerge, _saved
 from bnjax._rounding import near, real_dtype
-
-EXACT = lax.Precision.HIGHEST  # accelerators round the factors of a product to 16 bits otherwise
+from bnjax._statistic import AxisName, Groups, from_deviations, pmerge_about
+from bnjax._xla import blocked_product, saved
 
 
 class CovMoments(NamedTuple):
@@ -44,29 +41,56 @@ class CovMoments(NamedTuple):
     remainder: Any = 0.0
 
     @property
+    def second(self) -> Any:
+        """The covariance."""
+        return self.cov
+
+    @property
     def var(self) -> Array:
         """The variances alone, `[*features]`: the covariance's diagonal."""
         diagonal = jnp.real(jnp.diagonal(jnp.asarray(self.cov), axis1=-2, axis2=-1))
         return diagonal.reshape(jnp.shape(self.mean))
 
-    @staticmethod
-    def _square(d: Array, like: Array) -> Array:
-        d = d.reshape(like.shape[:-1])
-        return d[..., :, None] * jnp.conj(d)[..., None, :]
+    @classmethod
+    def make(
+        cls, mean: Any, second: Any, count: ArrayLike = 0.0, remainder: ArrayLike = 0.0
+    ) -> Self:
+        """`CovMoments` by position."""
+        return cls(mean, second, count, remainder)
 
     @staticmethod
-    def _central(m2: Array, m1: Array) -> Array:
+    def second_name() -> str:
+        """The covariance's."""
+        return "cov"
+
+    @staticmethod
+    def second_dtype(dtype: DTypeLike) -> DTypeLike:
+        """The mean's: a covariance may be complex."""
+        return dtype
+
+    @staticmethod
+    def shift(delta: Array, like: Array) -> Array:
+        """delta delta^H in each group."""
+        delta = delta.reshape(like.shape[:-1])
+        return delta[..., :, None] * jnp.conj(delta)[..., None, :]
+
+    @staticmethod
+    def central(m2: Array, m1: Array) -> Array:
         """m2 - m1 m1^H, with what cancellation may take from the variances given back.
 
         It is nothing beside them but where the pivot is far away, and a constant to autodiff.
         """
-        square = CovMoments._square(m1, m2)
+        square = CovMoments.shift(m1, m2)
         lost = 2 * m2.shape[-1] * float(jnp.finfo(m2.dtype).eps) * lax.stop_gradient(square)
-        return m2 - square + lost * CovMoments._unit(m2)
+        return m2 - square + lost * CovMoments.unseen(m2)
 
     @staticmethod
-    def _unit(like: Array) -> Array:
+    def unseen(like: Array) -> Array:
+        """The identity in each group."""
         return jnp.broadcast_to(jnp.eye(like.shape[-1], dtype=like.dtype), like.shape)
+
+
+CovMoments.__module__ = "bnjax"
 
 
 def cov_moments(
@@ -131,7 +155,7 @@ def cov_moments(
     m = _measure(x, weights, pivot, features, reduced, size)
     if axis_name is None:
         return m
-    return _pmerge(m, axis_name, axis_index_groups, pivot)
+    return pmerge_about(m, axis_name, axis_index_groups, pivot)
 
 
 def check_group_size(group_size: int | None, features: int) -> int:
@@ -164,13 +188,13 @@ def _measure(
     x: Array, w: Array | None, c: Array | None, features: Shape, reduced: Shape, size: int
 ) -> CovMoments:
     dtype = promote(x.dtype)
-    count, n = _count(x.shape, w, features, reduced, real_dtype(dtype))
+    count, n = _masks.count(x.shape, w, features, reduced, real_dtype(dtype))
     if c is None:
-        c = _mean(x.astype(dtype), w, n, reduced)
-    c = _saved(near(c))
-    s1, s2 = _saved(_sums(x, c, w, features, reduced, size))
+        c = _masks.mean(x.astype(dtype), w, n, reduced)
+    c = saved(near(c))
+    s1, s2 = saved(_sums(x, c, w, features, reduced, size))
     n = n.astype(dtype)
-    return _about(CovMoments, c, s1 / n, s2 / n, count, n)
+    return from_deviations(CovMoments, c, s1 / n, s2 / n, count, n)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(3, 4, 5))
@@ -178,33 +202,7 @@ def _sums(
     x: Array, c: Array, w: Array | None, features: Shape, reduced: Shape, size: int
 ) -> tuple[Array, Array]:
     """sum(w (x - c)) and sum(w (x - c) (x - c)^H). Recomputed in the backward pass."""
-    d = _finite(x.astype(c.dtype) - lax.expand_dims(c, reduced), w)
-    weighted = _weigh(d, w)
+    d = _masks.hide(x.astype(c.dtype) - lax.expand_dims(c, reduced), w)
+    weighted = _masks.weigh(d, w)
     left, right = (grouped(a, features, reduced, size) for a in (weighted, jnp.conj(d)))
-    return jnp.sum(weighted, reduced), _product(left, right)
-
-
-def _product(a: Array, b: Array) -> Array:
-    """sum of a b^T over all rows of `[groups, *rows, size]`, added up block by block.
-
-    XLA's CPU backend multiplies small matrices row by row: over 65536 rows a covariance of two
-    features with condition number 1e3 is off by 7e-3, in blocks by 4e-5. First a power of two
-    of blocks, which a sharded batch divides into evenly; then parts of them, padded with zeros.
-    """
-    groups, *rows, size = a.shape
-    sharding = jax.typeof(a).sharding
-    if any(axis is not None for axis in sharding.spec):  # on an explicit mesh: no reshaping
-        axes = tuple(range(1, a.ndim - 1))
-        whole = NamedSharding(sharding.mesh, P(None, None, None))
-        numbers = ((axes, axes), ((0,), (0,)))
-        return lax.dot_general(a, b, numbers, precision=EXACT, out_sharding=whole)
-    n, blocks, least = math.prod(rows), 1, max(32, 8 * size)
-    while n % (2 * blocks) == 0 and n // (2 * blocks) >= least:
-        blocks *= 2
-    parts = max(n // blocks // least, 1)
-    spare = -(n // blocks) % parts
-    a, b = (p.reshape(groups, blocks, n // blocks, size) for p in (a, b))
-    if spare:
-        a, b = (jnp.pad(p, ((0, 0), (0, 0), (0, spare), (0, 0))) for p in (a, b))
-    a, b = (p.reshape(groups, blocks * parts, -1, size) for p in (a, b))
-    return jnp.sum(jnp.einsum("gbni,gbnj->gbij", a, b, precision=EXACT), 1)
+    return jnp.sum(weighted, reduced), blocked_product(left, right)

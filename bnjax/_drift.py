@@ -7,12 +7,11 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from bnjax._inputs import check_epsilon
+from bnjax._arguments import check_epsilon
+from bnjax._average import Stats
+from bnjax._statistic import Statistic
 from bnjax._trees import (
-    AnyMoments,
-    Stats,
     Tree,
-    as_moments,
     name_of,
     split_layers,
     zip_layers,
@@ -67,8 +66,8 @@ def drift(batch_stats: Tree, moments: Tree, *, epsilon: ArrayLike = 1e-5) -> dic
     """
     check_epsilon(epsilon)
 
-    def compare(stats: Stats, m: AnyMoments) -> Drift:
-        var = as_moments(stats).var + epsilon
+    def compare(stats: Stats, m: Statistic) -> Drift:
+        var = m.make(stats["mean"], stats[m.second_name()]).var + epsilon
         ratio = (m.var + epsilon) / var
         z = (m.mean - stats["mean"] + m.remainder) / jnp.sqrt(var)
         divergence = 0.5 * (ratio - 1 - jnp.log(ratio) + jnp.abs(z) ** 2)

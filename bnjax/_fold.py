@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from bnjax._inputs import Axes, promote, split_axes
+from bnjax._arguments import Axes, promote, split_axes
 from bnjax._moments import Moments
 from bnjax._normalize import affine
 

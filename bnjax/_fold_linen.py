@@ -11,6 +11,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
+from bnjax._arguments import as_array, promote, split_axes
 from bnjax._fold_model import (
     Calls,
     Fit,
@@ -25,7 +26,6 @@ from bnjax._fold_model import (
     perturb,
     see_fit,
 )
-from bnjax._inputs import as_array, promote, split_axes
 from bnjax._moments import Moments
 from bnjax._normalize import affine
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bnjax._arguments import Shape, split_axes
 from bnjax._fold import fold
-from bnjax._inputs import Shape, split_axes
 from bnjax._moments import Moments
 
 Pairs = Mapping[str, str]  # the path of a layer -> that of the batch norm that it feeds

@@ -8,7 +8,7 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from bnjax._inputs import Axes, read_mask, split_axes
+from bnjax._arguments import Axes, read_mask, split_axes
 from bnjax._trees import merge_stacked
 
 

@@ -9,13 +9,15 @@ from typing import Any
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
+from bnjax._arguments import split_axes
+from bnjax._average import Stats
+from bnjax._average import remember as remember_one
 from bnjax._ghost import in_ghosts
-from bnjax._inputs import split_axes
-from bnjax._measure import moments
-from bnjax._moments import Moments, pmerge
+from bnjax._moments import Moments, moments
 from bnjax._normalize import normalize
-from bnjax._renorm import renormalize
-from bnjax._trees import AnyMoments, Stats, as_moments, update_stats
+from bnjax._renormalize import renormalize
+from bnjax._statistic import Statistic, pmerge
+from bnjax._trees import statistic_of
 
 Limit = ArrayLike | Callable[[ArrayLike], ArrayLike]
 
@@ -38,8 +40,10 @@ def call(
     if layer.pivot not in ("batch", "running"):
         raise ValueError(f"pivot is {layer.pivot!r}. Choose 'batch' or 'running'.")
     settings = {"feature_axis": layer.axis, "epsilon": layer.epsilon, "dtype": dtype}
+    kind = statistic_of(stats)
+    running = kind.make(stats["mean"], stats[kind.second_name()])
     if use_running_average or (initializing and x.size == 0):
-        return apply(x, as_moments(stats), scale, bias, where=mask, **settings), None
+        return apply(x, running, scale, bias, where=mask, **settings), None
     if hasattr(layer, "r_max"):
         running = Moments(stats["mean"], stats["var"])
         apply = functools.partial(renormalize, running=running, **_limits(layer, stats))
@@ -74,9 +78,9 @@ def counts_steps(layer: Any) -> bool:
     return layer.debias or layer.momentum is None or any(map(callable, (layer.momentum, *limits)))
 
 
-def remember(layer: Any, stats: Stats, m: AnyMoments) -> Stats:
+def remember(layer: Any, stats: Stats, m: Statistic) -> Stats:
     """The running statistics after a training call."""
-    return update_stats(stats, m, momentum=layer.momentum, debias=layer.debias, ddof=layer.ddof)
+    return remember_one(stats, m, momentum=layer.momentum, debias=layer.debias, ddof=layer.ddof)
 
 
 def _warn_of_single_values(shape: tuple[int, ...], axis: Any, axis_name: Any) -> None:

@@ -11,10 +11,10 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 from jax.typing import ArrayLike
 
-from bnjax._inputs import Shape, as_array, promote, split_axes
+from bnjax._arguments import Shape, as_array, promote, split_axes
 from bnjax._layer import call, counts_steps, remember
-from bnjax._moments import merge
 from bnjax._rounding import real_dtype
+from bnjax._statistic import merge
 
 
 def call_linen(

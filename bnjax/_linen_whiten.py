@@ -11,11 +11,11 @@ from flax.typing import Axes, Dtype, Initializer
 from jax import Array
 from jax.typing import ArrayLike
 
+from bnjax._arguments import Shape
+from bnjax._average import Momentum
 from bnjax._covariance import check_group_size, cov_moments
-from bnjax._ema import Momentum
-from bnjax._inputs import Shape
 from bnjax._linen import call_linen
-from bnjax._moments import AxisName
+from bnjax._statistic import AxisName
 from bnjax._whiten import whiten
 
 

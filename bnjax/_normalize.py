@@ -1,27 +1,29 @@
 """Apply: normalize with given moments, and batch normalization as measure, then apply."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax._inputs import (
+from bnjax import _masks
+from bnjax._arguments import (
     Axes,
     Shape,
     as_array,
     check_epsilon,
     check_features,
+    expand,
     promote,
     read_affine,
     read_mask,
     split_axes,
 )
-from bnjax._measure import _finite, moments
-from bnjax._moments import MOMENTS_NAME, AxisName, Groups, Moments
-from bnjax._rounding import once, real_dtype
+from bnjax._moments import Moments, moments
+from bnjax._rounding import real_dtype
+from bnjax._statistic import AxisName, Groups
+from bnjax._xla import once
 
 
 def affine(
@@ -120,12 +122,12 @@ def normalize(
     scale = read_affine("scale", scale, x.shape, features)
     bias = read_affine("bias", bias, x.shape, features)
     weights = read_mask(where, x.shape, features)
-    return _apply(x, m, scale, bias, weights, epsilon, reduced, jnp.dtype(dtype))
+    return _normalized(x, m, scale, bias, weights, epsilon, reduced, jnp.dtype(dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7))
 @functools.partial(jax.checkpoint, static_argnums=(6, 7))
-def _apply(
+def _normalized(
     x: Array,
     m: Moments,
     scale: Array | None,
@@ -140,18 +142,14 @@ def _apply(
     mean = jnp.asarray(m.mean, promote(jnp.result_type(m.mean), *dtypes))
     c = lax.stop_gradient(mean)
 
-    def at(p: ArrayLike) -> Array:
-        """p with the rank of x."""
-        p = jnp.asarray(p)
-        return p if p.ndim == x.ndim else lax.expand_dims(p, reduced)
-
+    ranked = functools.partial(expand, ndim=x.ndim, reduced=reduced)
     rest = jnp.broadcast_to(m.remainder, mean.shape)
-    about_c = Moments(at(mean - c), at(m.var), remainder=at(rest))
-    scale, bias = (None if p is None else at(p) for p in (scale, bias))
+    about_c = Moments(ranked(mean - c), ranked(m.var), remainder=ranked(rest))
+    scale, bias = (None if p is None else ranked(p) for p in (scale, bias))
     mul, add = affine(about_c, scale, bias, epsilon=epsilon)
     mul, add = (once(p) if p.shape != x.shape else p for p in (mul, add))
     # A masked-out NaN is taken for the mean: its output is the bias, which asks nothing of x.
-    d = _finite(x.astype(c.dtype) - at(c), w, about_c.mean + about_c.remainder)
+    d = _masks.hide(x.astype(c.dtype) - ranked(c), w, about_c.mean + about_c.remainder)
     return (d * mul + add).astype(dtype)
 
 
@@ -196,28 +194,3 @@ def batch_norm(
         x, m, scale, bias, feature_axis=feature_axis, where=where, epsilon=epsilon, dtype=dtype
     )
     return y, m
-
-
-def convs_and_dots_saveable(prim: Any, *args: Any, **params: Any) -> bool:
-    """A policy for `jax.checkpoint`, `nn.remat` and `nnx.remat`, best around a residual block.
-
-    Saves what convolutions and matrix products give and the moments of batch normalization
-    (tagged `bnjax.MOMENTS_NAME`), and recomputes the rest: the backward pass repeats no
-    convolution, no reduction over the batch and no collective. Policies of one's own can
-    name the tag too, as in `jax.checkpoint_policies.save_only_these_names`.
-
-    Example:
-      >>> import bnjax, jax, jax.numpy as jnp
-      >>> def block(x, kernel):
-      ...     return x + jax.nn.relu(bnjax.batch_norm(x @ kernel)[0])
-      >>> saving = jax.checkpoint(block, policy=bnjax.convs_and_dots_saveable)
-      >>> x, kernel = jnp.arange(6.0).reshape(3, 2), jnp.eye(2)
-      >>> print(bool(jnp.all(saving(x, kernel) == block(x, kernel))))
-      True
-    """
-    if prim is lax.conv_general_dilated_p or prim is lax.dot_general_p:
-        return True
-    return bool(_names_moments(prim, *args, **params))
-
-
-_names_moments = jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME)

@@ -8,15 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bnjax._ema import ema
-from bnjax._inputs import check_ddof
-from bnjax._moments import merge
+from bnjax._arguments import check_ddof
+from bnjax._average import Stats, ema
+from bnjax._statistic import Statistic, merge
 from bnjax._trees import (
-    AnyMoments,
-    Stats,
     Tree,
-    as_moments,
-    is_moments,
+    is_statistic,
     map_layers,
     per_layer,
     stacked_layers,
@@ -80,12 +77,13 @@ def recalibrate(
             stacklevel=2,
         )
 
-    def replace(stats: Stats, m: AnyMoments) -> Stats:
-        fresh = as_moments({name: jnp.zeros_like(p) for name, p in stats.items()})
+    def replace(stats: Stats, m: Statistic) -> Stats:
+        mean, second = stats["mean"], stats[m.second_name()]
+        fresh = m.make(jnp.zeros_like(mean), jnp.zeros_like(second))
         exact = ema(fresh, m, momentum=0, ddof=ddof)
-        known = m.count > 0, m.count > ddof
-        new = zip(exact._fields, exact, known, strict=False)
-        return stats | {name: jnp.where(at, p, stats[name]) for name, p, at in new}
+        mean = jnp.where(m.count > 0, exact.mean, mean)
+        second = jnp.where(m.count > ddof, exact.second, second)
+        return stats | {"mean": mean, m.second_name(): second}
 
     return map_layers(replace, batch_stats, total)
 
@@ -96,11 +94,11 @@ def _add(total: Tree | None, moments: Tree) -> tuple[Tree, Array]:
     finite = jnp.all(jnp.array([jnp.isfinite(p).all() for p in jax.tree.leaves(moments)]))
     if total is None:
         total = jax.tree.map(jnp.zeros_like, moments)
-    merged = jax.tree.map(_merge, total, moments, is_leaf=is_moments)
+    merged = jax.tree.map(_merge, total, moments, is_leaf=is_statistic)
     return jax.tree.map(lambda old, new: jnp.where(finite, new, old), total, merged), finite
 
 
-def _merge(a: AnyMoments, b: AnyMoments) -> AnyMoments:
+def _merge(a: Statistic, b: Statistic) -> Statistic:
     return per_layer(merge, stacked_layers(b))(a, b)
 
 

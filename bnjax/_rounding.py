@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -33,20 +32,6 @@ def near(c: Array, drop: int = 1) -> Array:
     if jnp.iscomplexobj(c):
         return lax.complex(rounded(lax.real(c)), rounded(lax.imag(c)))
     return rounded(c)
-
-
-def once(v: Array) -> Array:
-    """v, computed once for each feature and not again for each element.
-
-    XLA copies cheap arithmetic on features into its loops over all elements, where it can cost
-    more than reading x (tests/bench/NOTES.md). A division is too dear for that. By a one that
-    XLA cannot see it is exact, and remains a division, as does its derivative's.
-    """
-    if jnp.iscomplexobj(v):  # whose division is not exact
-        return v
-    if jax.__version_info__ < (0, 10):  # the saving policy would pay for it with memory
-        return v
-    return v / lax.optimization_barrier(jnp.ones_like(v))
 
 
 def abs2(z: Array) -> Array:

@@ -1,21 +1,22 @@
 """Over trees: the statistics of all layers of a network, paired with their moments by path."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
 from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
+from bnjax._average import Momentum, Stats, remember
 from bnjax._covariance import CovMoments
-from bnjax._ema import Momentum, ema
-from bnjax._moments import Moments, merge_parts
+from bnjax._moments import Moments
+from bnjax._statistic import Statistic, merge_parts
 
 Tree = Any
 Path = tuple[str, ...]
-Stats = dict[str, Array]  # of one layer: mean, var or cov, and steps where updates are counted
-AnyMoments = Moments | CovMoments
+STATISTICS: dict[str, type[Statistic]] = {"var": Moments, "cov": CovMoments}  # by their leaf
 Layers = dict[Path, Stats]
 
 
@@ -48,14 +49,7 @@ def update_stats(
       [1.75]
     """
 
-    def update(stats: Stats, m: AnyMoments) -> Stats:
-        steps = stats.get("steps")
-        new = ema(as_moments(stats), m, momentum=momentum, steps=steps, debias=debias, ddof=ddof)
-        updated = dict(zip(new._fields[:2], new[:2], strict=True))
-        if steps is not None:
-            updated["steps"] = steps + jnp.any(m.count > 0).astype(steps.dtype)
-        return updated
-
+    update = functools.partial(remember, momentum=momentum, debias=debias, ddof=ddof)
     return map_layers(update, batch_stats, moments)
 
 
@@ -81,32 +75,35 @@ def merge_stacked(tree: Tree) -> Tree:
       [26.]
     """
 
-    if any(map(is_moments, jax.tree.leaves(tree, is_leaf=is_moments))):
-        return jax.tree.map(_merge_parts, tree, is_leaf=is_moments)
+    if any(map(is_statistic, jax.tree.leaves(tree, is_leaf=is_statistic))):
+        return jax.tree.map(_merge_parts, tree, is_leaf=is_statistic)
     layers, restore = split_layers(tree)
     return restore({path: _merge_stats(stats) for path, stats in layers.items()})
 
 
-def _merge_parts(m: AnyMoments) -> AnyMoments:
-    m = type(m)(*(jnp.broadcast_to(p, (len(m.mean), *jnp.shape(p)[1:])) for p in m))
+def _merge_parts(m: Statistic) -> Statistic:
+    parts = m.mean.shape[0]
+    m = jax.tree.map(lambda p: jnp.broadcast_to(p, (parts, *np.shape(p)[1:])), m)
     return per_layer(merge_parts, stacked_layers(m) - 1, axis=1)(m)
 
 
 def _merge_stats(stats: Stats) -> Stats:
     mean, steps = stats["mean"], stats.get("steps")
-    m = _merge_parts(as_moments(stats)._replace(count=jnp.ones(len(mean))))
-    merged = {name: getattr(m, name).astype(stats[name].dtype) for name in m._fields[:2]}
+    kind = statistic_of(stats)
+    second = stats[kind.second_name()]
+    m = _merge_parts(kind.make(mean, second, jnp.ones(mean.shape[0])))
+    merged = {"mean": m.mean.astype(mean.dtype), kind.second_name(): m.second.astype(second.dtype)}
     return merged | ({} if steps is None else {"steps": jnp.max(steps, 0)})
 
 
-def map_layers(f: Callable[[Stats, AnyMoments], Any], batch_stats: Tree, moments: Tree) -> Tree:
+def map_layers(f: Callable[[Stats, Statistic], Any], batch_stats: Tree, moments: Tree) -> Tree:
     """f for each layer that has moments; the others stay."""
     layers, restore = split_layers(batch_stats)
     return restore(layers | zip_layers(f, layers, moments))
 
 
 def zip_layers(
-    f: Callable[[Stats, AnyMoments], Any], layers: Layers, moments: Tree
+    f: Callable[[Stats, Statistic], Any], layers: Layers, moments: Tree
 ) -> dict[Path, Any]:
     """f of the statistics and the moments of each layer that has both."""
     results = {}
@@ -117,7 +114,7 @@ def zip_layers(
                 f"of {', '.join(map(name_of, layers)) or 'none'}. Take both from one network."
             )
         stats = layers[path]
-        stacked = jnp.ndim(stats["steps"]) if "steps" in stats else stacked_layers(m)
+        stacked = np.ndim(stats["steps"]) if "steps" in stats else stacked_layers(m)
         results[path] = per_layer(f, stacked)(stats, m)
     return results
 
@@ -129,9 +126,9 @@ def per_layer(f: Callable[..., Any], stacked: int, axis: int = 0) -> Callable[..
     return f
 
 
-def stacked_layers(m: AnyMoments) -> int:
+def stacked_layers(m: Statistic) -> int:
     """Along how many axes: a count is `[*features]` or, of each layer, a scalar."""
-    return jnp.ndim(m.count) if jnp.ndim(m.count) < jnp.ndim(m.mean) else 0
+    return np.ndim(m.count) if np.ndim(m.count) < np.ndim(m.mean) else 0
 
 
 def split_layers(batch_stats: Tree) -> tuple[Layers, Callable[[Layers], Tree]]:
@@ -148,9 +145,9 @@ def split_layers(batch_stats: Tree) -> tuple[Layers, Callable[[Layers], Tree]]:
     return layers, restore
 
 
-def moments_by_path(moments: Tree) -> dict[Path, AnyMoments]:
+def moments_by_path(moments: Tree) -> dict[Path, Statistic]:
     """The moments of each layer, by the path of the layer."""
-    leaves, _ = tree_flatten_with_path(moments, is_leaf=is_moments)
+    leaves, _ = tree_flatten_with_path(moments, is_leaf=is_statistic)
     paths = [path_of(keys) for keys, _ in leaves]
     layers = (path[:-1] if path[-1:] == ("moments",) else path for path in paths)
     return dict(zip(layers, (m for _, m in leaves), strict=True))
@@ -166,13 +163,11 @@ def name_of(path: Path) -> str:
     return "/".join(path) or "(the network itself)"
 
 
-def is_moments(node: Any) -> bool:
+def is_statistic(node: Any) -> bool:
     """Whether a node of a tree is one layer's moments."""
-    return isinstance(node, AnyMoments)
+    return isinstance(node, tuple(STATISTICS.values()))
 
 
-def as_moments(stats: Stats) -> AnyMoments:
-    """Running statistics, as `ema` takes them."""
-    if "cov" in stats:
-        return CovMoments(stats["mean"], stats["cov"])
-    return Moments(stats["mean"], stats["var"])
+def statistic_of(stats: Stats) -> type[Statistic]:
+    """What kind of statistic a layer remembers."""
+    return next(kind for name, kind in STATISTICS.items() if name in stats)

@@ -8,20 +8,21 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax._covariance import EXACT, CovMoments, grouped, ungrouped
-from bnjax._inputs import (
+from bnjax import _masks
+from bnjax._arguments import (
     Axes,
     Shape,
     as_array,
     check_epsilon,
     check_features,
+    expand,
     promote,
     read_affine,
     read_mask,
     split_axes,
 )
-from bnjax._measure import _finite
-from bnjax._moments import _saved
+from bnjax._covariance import CovMoments, grouped, ungrouped
+from bnjax._xla import EXACT, saved
 
 
 def whiten(
@@ -105,7 +106,7 @@ def whiten(
     steps = iterations if method == "newton_schulz" else 0
     factor = _factor(jnp.asarray(m.cov), epsilon, steps)
     m = m._replace(cov=factor)
-    return _apply(x, m, scale, bias, weights, features, reduced, jnp.dtype(dtype))
+    return _whitened(x, m, scale, bias, weights, features, reduced, jnp.dtype(dtype))
 
 
 @functools.partial(jax.jit, static_argnames="steps")
@@ -114,7 +115,7 @@ def _factor(cov: Array, epsilon: ArrayLike, steps: int) -> Array:
     dtype = promote(jnp.result_type(cov))
     unit = jnp.eye(cov.shape[-1], dtype=dtype)[None]
     a = cov.astype(dtype) + jnp.asarray(epsilon, dtype) * unit
-    return _saved(_newton_schulz(a, unit, steps, epsilon) if steps else _cholesky(a, unit))
+    return saved(_newton_schulz(a, unit, steps, epsilon) if steps else _cholesky(a, unit))
 
 
 def _cholesky(a: Array, unit: Array) -> Array:
@@ -128,7 +129,7 @@ def _cholesky(a: Array, unit: Array) -> Array:
     trial = jnp.diagonal(jnp.linalg.cholesky(lax.stop_gradient(a)), axis1=1, axis2=2)
     fine = jnp.all(jnp.real(trial) ** 2 > tolerance * lax.stop_gradient(variances), 1)
     lift = jnp.where(fine[:, None], 0, tolerance) * variances
-    lower = _saved(jnp.linalg.cholesky(a + lift[..., None].astype(a.dtype) * unit))
+    lower = saved(jnp.linalg.cholesky(a + lift[..., None].astype(a.dtype) * unit))
     return lax.linalg.triangular_solve(
         lower, jnp.broadcast_to(unit, a.shape), left_side=True, lower=True
     )
@@ -153,7 +154,7 @@ def _newton_schulz(a: Array, unit: Array, steps: int, epsilon: ArrayLike) -> Arr
 
 @functools.partial(jax.jit, static_argnames=("features", "reduced", "dtype"))
 @functools.partial(jax.checkpoint, static_argnums=(5, 6, 7))
-def _apply(
+def _whitened(
     x: Array,
     m: CovMoments,
     scale: Array | None,
@@ -170,19 +171,17 @@ def _apply(
     c = lax.stop_gradient(mean)
     m1 = (mean - c) + jnp.broadcast_to(m.remainder, mean.shape).astype(mean.dtype)
 
-    def at(p: Array) -> Array:
-        """p with the rank of x."""
-        p = p.astype(mean.dtype)
-        return p if p.ndim == x.ndim else lax.expand_dims(p, reduced)
+    def ranked(p: Array) -> Array:
+        return expand(p.astype(mean.dtype), x.ndim, reduced)
 
-    d = _finite(x.astype(c.dtype) - at(c), w, at(m1))
+    d = _masks.hide(x.astype(c.dtype) - ranked(c), w, ranked(m1))
     d = grouped(d, features, reduced, factor.shape[-1])
     z = jnp.einsum("g...j,gij->g...i", d, factor, precision=EXACT)
     y = ungrouped(z, features, reduced, x.shape)
     shift = jnp.einsum("gij,gj->gi", factor, m1.reshape(factor.shape[:2]), precision=EXACT)
-    add = -at(shift.reshape(mean.shape))
+    add = -ranked(shift.reshape(mean.shape))
     if scale is not None:
-        y, add = y * at(scale), add * at(scale)
+        y, add = y * ranked(scale), add * ranked(scale)
     if bias is not None:
-        add = add + at(bias)
+        add = add + ranked(bias)
     return (y + add).astype(dtype)

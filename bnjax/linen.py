@@ -9,13 +9,13 @@ from flax.typing import Axes, Dtype, Initializer
 from jax import Array
 from jax.typing import ArrayLike
 
-from bnjax._ema import Momentum
+from bnjax._average import Momentum
 from bnjax._fold_linen import apply_folded as apply_folded
 from bnjax._fold_linen import fold as fold
 from bnjax._layer import Limit
 from bnjax._linen import call_linen, unit_variance
 from bnjax._linen_whiten import DecorrelatedBatchNorm as DecorrelatedBatchNorm
-from bnjax._moments import AxisName
+from bnjax._statistic import AxisName
 
 
 class BatchNorm(nn.Module):

@@ -12,12 +12,13 @@ from flax.typing import Axes, Dtype, Initializer, PromoteDtypeFn
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from bnjax._ema import Momentum
+from bnjax._arguments import as_array, promote
+from bnjax._average import Momentum
 from bnjax._fold_nnx import fold as fold
-from bnjax._inputs import as_array, promote
 from bnjax._layer import Limit, call, counts_steps, remember
-from bnjax._moments import AxisName, Moments, merge
+from bnjax._moments import Moments
 from bnjax._rounding import real_dtype
+from bnjax._statistic import AxisName, merge
 
 
 class BatchMoments(nnx.Variable[Moments]):

@@ -3,6 +3,7 @@
 import importlib.resources
 import inspect
 import os
+import pickle
 import subprocess
 import sys
 
@@ -81,12 +82,16 @@ def test_the_package_is_typed():
 
 
 def test_the_public_names():
-    ours = {
-        name
-        for name, value in vars(bnjax).items()
-        if getattr(value, "__module__", "").startswith("bnjax.")
-    }
-    assert ours | {"MOMENTS_NAME"} == PUBLIC
+    assert set(bnjax.__all__) == PUBLIC | {"linen", "nnx"}
+    assert dir(bnjax) == sorted([*bnjax.__all__, "__version__"])
+    assert all(hasattr(bnjax, name) for name in bnjax.__all__)
+
+
+@pytest.mark.parametrize("kind", [bnjax.Moments, bnjax.CovMoments])
+def test_a_statistic_is_pickled_under_its_public_name(kind):
+    m = kind(1.0, 2.0)
+    assert b"bnjax\n" in pickle.dumps(m, 0)
+    assert pickle.loads(pickle.dumps(m)) == m
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC - {"CovMoments", "MOMENTS_NAME", "Moments"}))

@@ -8,20 +8,21 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax._inputs import (
+from bnjax._arguments import (
     Axes,
     Shape,
     as_array,
     check_epsilon,
     check_features,
+    expand,
     is_static,
     promote,
     read_affine,
     split_axes,
 )
-from bnjax._measure import moments
-from bnjax._moments import AxisName, Groups, Moments, _cast
+from bnjax._moments import Moments, moments
 from bnjax._normalize import normalize
+from bnjax._statistic import AxisName, Groups, cast
 
 
 def batch_renorm(
@@ -165,7 +166,7 @@ def _corrected(
     """r * scale and d * scale + bias, of x's rank: with them `normalize` renormalizes."""
     given = [p.dtype for p in (scale, bias) if p is not None]
     dtype = promote(*map(jnp.result_type, (m.mean, running.mean)), *given)
-    batch, old = lax.stop_gradient((_cast(m, dtype), _cast(running, dtype)))
+    batch, old = lax.stop_gradient((cast(m, dtype), cast(running, dtype)))
     r_max, d_max = (jnp.asarray(limit, old.var.dtype) for limit in (r_max, d_max))
     r = jnp.clip(jnp.sqrt((batch.var + epsilon) / (old.var + epsilon)), 1 / r_max, r_max)
     # Means and remainders apart: their sums would round away what the remainders hold.
@@ -173,14 +174,12 @@ def _corrected(
     d = d * lax.rsqrt(old.var + epsilon).astype(dtype)
     d = lax.sign(d) * jnp.minimum(jnp.abs(d), d_max).astype(dtype)
 
-    def at(p: Array) -> Array:
-        """p with the rank of x."""
-        p = p.astype(dtype)
-        return p if p.ndim == r.ndim + len(reduced) else lax.expand_dims(p, reduced)
+    def ranked(p: Array) -> Array:
+        return expand(p.astype(dtype), r.ndim + len(reduced), reduced)
 
-    new_scale, new_bias = at(r), at(d)
+    new_scale, new_bias = ranked(r), ranked(d)
     if scale is not None:
-        new_scale, new_bias = new_scale * at(scale), new_bias * at(scale)
+        new_scale, new_bias = new_scale * ranked(scale), new_bias * ranked(scale)
     if bias is not None:
-        new_bias = new_bias + at(bias)
+        new_bias = new_bias + ranked(bias)
     return new_scale, new_bias

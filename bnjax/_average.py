@@ -9,11 +9,12 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax._inputs import check_ddof, check_features, check_momentum, is_static, promote
-from bnjax._moments import M, Moments, _cast
+from bnjax._arguments import check_ddof, check_features, check_momentum, is_static, promote
 from bnjax._rounding import real_dtype, two_sum
+from bnjax._statistic import M, Statistic, cast
 
 Momentum = ArrayLike | Callable[[ArrayLike], ArrayLike] | None
+Stats = dict[str, Array]  # of one layer: mean, var or cov, and steps where updates are counted
 
 
 def ema(
@@ -60,14 +61,17 @@ def ema(
       [1.] [1.75] 2.0
     """
     check_ddof(ddof)
-    kept = type(running)(*map(jnp.asarray, running))
-    check_features("running.mean", kept.mean.shape, jnp.shape(batch.mean))
-    if isinstance(kept, Moments):
-        check_features("running.var", kept.var.shape, jnp.shape(batch.mean))
-    elif kept[1].shape != jnp.shape(batch[1]):
+    fields = running.mean, running.second, running.count, running.remainder
+    kept = running.make(*map(jnp.asarray, fields))
+    features, second = jnp.shape(batch.mean), jnp.shape(batch.second)
+    check_features("running.mean", kept.mean.shape, features)
+    name = f"running.{kept.second_name()}"
+    if second == features:
+        check_features(name, kept.second.shape, features)
+    elif kept.second.shape != second:
         raise ValueError(
-            f"running.cov has shape {kept[1].shape}, but the batch's has shape "
-            f"{jnp.shape(batch[1])}. Measure both with the same group_size."
+            f"{name} has shape {kept.second.shape}, but the batch's has shape "
+            f"{second}. Measure both with the same group_size."
         )
     if jnp.iscomplexobj(batch.mean) and not jnp.iscomplexobj(kept.mean):
         raise ValueError(
@@ -77,6 +81,19 @@ def ema(
     dtype = promote(kept.mean.dtype, jnp.result_type(batch.mean))
     share = _share(momentum, steps, debias, real_dtype(dtype))
     return _step(kept, batch, share, ddof=ddof)
+
+
+def remember(
+    stats: Stats, m: Statistic, *, momentum: Momentum, debias: bool = False, ddof: int = 0
+) -> Stats:
+    """`ema` for one layer's variables: the new mean and second moment, and one step more."""
+    steps = stats.get("steps")
+    running = m.make(stats["mean"], stats[m.second_name()])
+    new = ema(running, m, momentum=momentum, steps=steps, debias=debias, ddof=ddof)
+    updated = {"mean": new.mean, m.second_name(): new.second}
+    if steps is not None:
+        updated["steps"] = steps + jnp.any(m.count > 0).astype(steps.dtype)
+    return updated
 
 
 def _share(
@@ -124,25 +141,31 @@ def _step(kept: M, batch: M, share: ArrayLike, *, ddof: int) -> M:
     sharded alike.
     """
     dtype = promote(kept.mean.dtype, jnp.result_type(batch.mean))
-    old, new = _cast(kept, dtype), _cast(batch, dtype)
-    new = type(new)(*(jnp.where(new.count > 0, p, 0) for p in new))
+    old, new = cast(kept, dtype), cast(batch, dtype)
+    seen = new.count > 0
+    new_mean, new_rest = jnp.where(seen, new.mean, 0), jnp.where(seen, new.remainder, 0)
     share = jnp.asarray(share, real_dtype(dtype))
-    of_mean = jnp.where(new.count > 0, share, 0)
-    gap, e1 = two_sum(new.mean, -old.mean)
+    of_mean = jnp.where(seen, share, 0)
+    gap, e1 = two_sum(new_mean, -old.mean)
     mean, e2 = two_sum(old.mean, of_mean.astype(dtype) * gap)
-    rest = old.remainder + of_mean.astype(dtype) * (e1 + new.remainder - old.remainder)
+    rest = old.remainder + of_mean.astype(dtype) * (e1 + new_rest - old.remainder)
     mean, remainder = two_sum(mean, e2 + rest)
-    of_second = jnp.where(new.count > ddof, share, 0).astype(old[1].dtype)
-    second = (1 - of_second) * old[1] + of_second * unbiased(new, ddof)
+    of_second = jnp.where(new.count > ddof, share, 0).astype(old.second.dtype)
+    new_second = jnp.where(seen, unbiased(new, ddof), 0)
+    second = (1 - of_second) * old.second + of_second * new_second
     count = old.count + (new.count if old.count.ndim else jnp.max(new.count))
     if kept.remainder.shape != kept.mean.shape:
         remainder = kept.remainder
-    step = mean, second, count, remainder
-    return type(kept)(*(p.astype(was.dtype) for p, was in zip(step, kept, strict=True)))
+    return kept.make(
+        mean.astype(kept.mean.dtype),
+        second.astype(kept.second.dtype),
+        count.astype(kept.count.dtype),
+        remainder.astype(kept.remainder.dtype),
+    )
 
 
-def unbiased(m: M, ddof: int) -> Array:
-    """The variance or covariance divided by count - ddof, where the count is above that."""
-    above, dtype = m.count > ddof, m[1].dtype
+def unbiased(m: Statistic, ddof: int) -> Array:
+    """The second moment divided by count - ddof, where the count is above that."""
+    above, dtype = m.count > ddof, m.second.dtype
     divisor = jnp.where(above, m.count - ddof, 1).astype(dtype)
-    return jnp.where(above, m[1] * m.count.astype(dtype) / divisor, m[1])
+    return jnp.where(above, m.second * m.count.astype(dtype) / divisor, m.second)

@@ -131,6 +131,12 @@ def read_mask(where: ArrayLike | None, shape: Shape, features: Shape) -> Array |
     return lax.expand_dims(w, tuple(range(missing)))
 
 
+def expand(p: ArrayLike, ndim: int, reduced: Shape) -> Array:
+    """p with the rank of x: `[*features]` gets axes of length 1, of x's rank it stays."""
+    p = as_array(p)
+    return p if p.ndim == ndim else lax.expand_dims(p, reduced)
+
+
 def _fits(small: Shape, big: Shape) -> bool:
     """Whether each axis of `small` is 1 or as long as the axis of `big` at its place."""
     return len(small) <= len(big) and all(a in (1, b) for a, b in zip(small, big, strict=False))

@@ -1,0 +1,213 @@
+"""What a statistic is, and what works on every one: merging, also over replicas."""
+
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol, Self, TypeVar
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from bnjax._arguments import promote
+from bnjax._rounding import near, real_dtype, two_sum
+from bnjax._xla import saved
+
+AxisName = Hashable | tuple[Hashable, ...]
+Groups = Sequence[Sequence[int]] | None
+
+
+class Statistic(Protocol):
+    """Mean, second moment and count of features, a pytree that merges exactly.
+
+    The second moment is of the deviations from the mean, weighted by the count: a variance, a
+    covariance, a variance that features share. What the sums of two batches do not determine,
+    such as a median or a trimmed mean, cannot be a statistic.
+    """
+
+    @property
+    def mean(self) -> Any:
+        """`[*features]`, at least float32."""
+
+    @property
+    def count(self) -> Any:
+        """The sum of the weights, a scalar or as wide as the weights may vary."""
+
+    @property
+    def remainder(self) -> Any:
+        """What the mean's dtype could not hold: the true mean is mean + remainder."""
+
+    @property
+    def second(self) -> Any:
+        """The second moment, divided by count."""
+
+    @property
+    def var(self) -> Any:
+        """The variance of each feature, `[*features]`, real."""
+
+    @classmethod
+    def make(
+        cls, mean: Any, second: Any, count: ArrayLike = 0.0, remainder: ArrayLike = 0.0
+    ) -> Self:
+        """One of these, whatever its second moment is called."""
+
+    @staticmethod
+    def second_name() -> str:
+        """What the second moment is called, as a field and as a leaf of `batch_stats`."""
+
+    @staticmethod
+    def second_dtype(dtype: DTypeLike) -> DTypeLike:
+        """The second moment's dtype where the mean has this one."""
+
+    @staticmethod
+    def shift(delta: Array, like: Array) -> Array:
+        """What a shift of the mean by delta adds to a second moment of the shape of `like`."""
+
+    @staticmethod
+    def central(m2: Array, m1: Array) -> Array:
+        """The second moment about the mean from that about a pivot, where m1 is mean - pivot."""
+
+    @staticmethod
+    def unseen(like: Array) -> ArrayLike:
+        """The second moment of nothing, which broadcasts to the shape of `like`."""
+
+
+M = TypeVar("M", bound=Statistic)
+
+
+def merge(a: M, b: M) -> M:
+    """The moments of two batches together (Chan, Golub and LeVeque, 1983).
+
+    With n = n_a + n_b and delta = mean_b - mean_a:
+
+      mean = mean_a + delta n_b / n,  var = (n_a var_a + n_b var_b) / n + |delta|^2 n_a n_b / n^2
+
+    Associative and commutative to rounding. An operand with count 0 changes nothing, whatever
+    else it holds. Microbatches, shards and the batches of a data set all merge like this.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> a = bnjax.moments(jnp.array([[1.0]]))
+      >>> b = bnjax.moments(jnp.array([[4.0], [5.0], [6.0]]))
+      >>> m = bnjax.merge(a, b)
+      >>> print(m.mean, m.var, m.count)
+      [4.] [3.5] 4.0
+    """
+    dtype = promote(jnp.result_type(a.mean), jnp.result_type(b.mean))
+    a, b = cast(a, dtype), cast(b, dtype)
+    has_a, has_b, n = a.count > 0, b.count > 0, a.count + b.count
+    share_a, share_b = a.count / jnp.where(n > 0, n, 1), b.count / jnp.where(n > 0, n, 1)
+    delta = jnp.where(has_a & has_b, (b.mean - a.mean) + (b.remainder - a.remainder), 0)
+    base = jnp.where(has_a, a.mean, jnp.where(has_b, b.mean, 0))
+    rest = jnp.where(has_a, a.remainder, jnp.where(has_b, b.remainder, 0))
+    mean, remainder = two_sum(base, rest + share_b.astype(dtype) * delta)
+    share_a, share_b = (p.astype(a.second.dtype) for p in (share_a, share_b))
+    within = share_a * jnp.where(has_a, a.second, 0) + share_b * jnp.where(has_b, b.second, 0)
+    second = within + share_a * share_b * a.shift(delta, a.second)
+    return a.make(mean, jnp.where(n > 0, second, a.unseen(second)), n, remainder)
+
+
+def pmerge(m: M, axis_name: AxisName, *, axis_index_groups: Groups = None) -> M:
+    """`merge` over a mapped axis: every replica gets the moments of all, weighted by count.
+
+    Takes two all-reduces: the replicas agree on a pivot, then add up their deviations from it.
+    So it is as accurate as one device on the whole batch, and count 0 takes no part.
+
+    Args:
+      m: this replica's moments.
+      axis_name: a mapped axis or a tuple of them, as in `jax.lax.psum`.
+      axis_index_groups: as in `jax.lax.psum`, where JAX supports it.
+
+    Raises:
+      NameError: for an `axis_name` that is not mapped.
+      NotImplementedError: for `axis_index_groups` where JAX has none.
+
+    Example:
+      >>> import bnjax, jax, jax.numpy as jnp
+      >>> x = jnp.array([[[1.0], [3.0]], [[5.0], [11.0]]])  # two replicas of two rows
+      >>> f = lambda x: bnjax.pmerge(bnjax.moments(x), "batch")
+      >>> m = jax.vmap(f, axis_name="batch")(x)
+      >>> print(m.mean[0], m.mean[1], m.var[0], m.count[0])
+      [5.] [5.] [14.] 4.0
+    """
+    return pmerge_about(cast(m, promote(jnp.result_type(m.mean))), axis_name, axis_index_groups)
+
+
+def pmerge_about(m: M, axis_name: AxisName, groups: Groups = None, pivot: Array | None = None) -> M:
+    """`pmerge` about a pivot that all replicas know already: one all-reduce less."""
+    n = m.count.astype(m.mean.dtype)
+    if pivot is None:
+        s, total = _psum(lax.stop_gradient((n * m.mean, n)), axis_name, groups)
+        pivot = near(s / jnp.where(total != 0, total, 1))
+    delta = (m.mean - pivot) + m.remainder
+    second = m.second + m.shift(delta, m.second)
+    parts = n * delta, m.count.astype(second.dtype) * second, m.count
+    s1, s2, count = _psum(parts, axis_name, groups)
+    count = jnp.real(count)
+    s2 = s2 if jnp.iscomplexobj(second) else jnp.real(s2)
+    n = jnp.where(count > 0, count, 1)
+    return from_deviations(
+        type(m), pivot, s1 / n.astype(s1.dtype), s2 / n.astype(s2.dtype), count, n
+    )
+
+
+def merge_parts(m: M) -> M:
+    """`merge` along the first axis, which may be sharded: `pmerge` with sums for collectives."""
+
+    def ranked(p: Array, like: Array) -> Array:
+        """p with the rank of the other: one count may be all features'."""
+        return p.reshape(p.shape + (1,) * (like.ndim - p.ndim)).astype(like.dtype)
+
+    n = ranked(m.count, m.mean)
+    s, total = (jnp.sum(p, 0, keepdims=True) for p in lax.stop_gradient((n * m.mean, n)))
+    pivot = near(s / jnp.where(total != 0, total, 1))
+    delta = (m.mean - pivot) + ranked(m.remainder, m.mean)
+    second = m.second + m.shift(delta, m.second)
+    s1, s2 = jnp.sum(n * delta, 0), jnp.sum(ranked(m.count, second) * second, 0)
+    count = jnp.sum(m.count, 0)
+    n = jnp.where(count > 0, count, 1)
+    m1, m2 = s1 / n.astype(s1.dtype), s2 / n.astype(s2.dtype)
+    return from_deviations(type(m), pivot.squeeze(0), m1, m2, count, n)
+
+
+def from_deviations(kind: type[M], c: Array, m1: Array, m2: Array, count: Array, n: Array) -> M:
+    """Moments from a pivot c and the weighted means of x - c and of its square.
+
+    n is the count, but safe to divide by; the very count where that is never 0.
+    """
+    mean, remainder = two_sum(c, m1)
+    second = kind.central(m2, m1)
+    if n is not count:
+        second = jnp.where(count > 0, second, kind.unseen(second))
+    return kind.make(mean, second, count, remainder)
+
+
+def cast(m: M, dtype: DTypeLike) -> M:
+    """Mean and remainder in `dtype`, the second moment in its counterpart, a real count."""
+    return m.make(
+        jnp.asarray(m.mean, dtype),
+        jnp.asarray(m.second, m.second_dtype(dtype)),
+        jnp.asarray(m.count, real_dtype(dtype)),
+        jnp.asarray(m.remainder, dtype),
+    )
+
+
+def _psum(parts: tuple[Array, ...], axis_name: AxisName, groups: Groups) -> list[Array]:
+    """One all-reduce for all the parts, in the dtype of the first."""
+    flat = jnp.concatenate([p.astype(parts[0].dtype).reshape(-1) for p in parts])
+    try:
+        flat = saved(lax.psum(flat, axis_name, axis_index_groups=groups))
+    except NameError as error:
+        raise NameError(
+            f"axis_name is {axis_name!r}, but no such axis is mapped here ({error}). "
+            "Call this under jax.pmap, jax.shard_map or jax.vmap with that axis name, or "
+            "leave axis_name out: plain jit over sharded arrays needs none."
+        ) from None
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"axis_index_groups is {groups}, and JAX has no groups under this transformation. "
+            "Use jax.pmap or jax.shard_map(check_vma=False), or a mesh with one more axis."
+        ) from error
+    ends, out = 0, []
+    for p in parts:
+        out.append(flat[ends : ends + p.size].reshape(p.shape))
+        ends += p.size
+    return out

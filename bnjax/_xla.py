@@ -1,0 +1,102 @@
+"""What is there for a compiler's sake. Without it results stay right; time and memory do not.
+
+| trick | backend, JAX | why | test |
+|---|---|---|---|
+| `once` | CPU, from 0.10 | loops over elements repeat arithmetic on features | test_memory |
+| `two_pivots` | CPU, from 0.10 | a difference that two sums share is written out | test_memory |
+| `saved` and the policy | all | else rematerialization repeats sums, collectives | test_memory |
+| `blocked_product` | CPU | products of small matrices are added row by row | test_whiten |
+
+The test is the one that fails without the trick.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bnjax._rounding import near
+
+MOMENTS_NAME = "bnjax_moments"  # what policies of `jax.checkpoint` know the statistics by
+EXACT = lax.Precision.HIGHEST  # accelerators round the factors of a product to 16 bits otherwise
+
+
+def once(v: Array) -> Array:
+    """v, computed once for each feature and not again for each element.
+
+    XLA copies cheap arithmetic on features into its loops over all elements, where it can cost
+    more than reading x (tests/bench/NOTES.md). A division is too dear for that. By a one that
+    XLA cannot see it is exact, and remains a division, as does its derivative's.
+    """
+    if jnp.iscomplexobj(v):  # whose division is not exact
+        return v
+    if jax.__version_info__ < (0, 10):  # the saving policy would pay for it with memory
+        return v
+    return v / lax.optimization_barrier(jnp.ones_like(v))
+
+
+def two_pivots(c: Array) -> tuple[Array, Array]:
+    """Two pivots near c, one for each sum: XLA's CPU backend writes out a difference that two
+    reductions share (tests/bench/NOTES.md); two differences are fused, each into its own."""
+    return once(near(c, 1)), near(c, 2)
+
+
+def saved(tree: Any) -> Any:
+    """The same, by the name that policies know: what a reduction or a collective gave."""
+    return jax.tree.map(lambda a: checkpoint_name(a, MOMENTS_NAME), tree)
+
+
+def convs_and_dots_saveable(prim: Any, *args: Any, **params: Any) -> bool:
+    """A policy for `jax.checkpoint`, `nn.remat` and `nnx.remat`, best around a residual block.
+
+    Saves what convolutions and matrix products give and the moments of batch normalization
+    (tagged `bnjax.MOMENTS_NAME`), and recomputes the rest: the backward pass repeats no
+    convolution, no reduction over the batch and no collective. Policies of one's own can
+    name the tag too, as in `jax.checkpoint_policies.save_only_these_names`.
+
+    Example:
+      >>> import bnjax, jax, jax.numpy as jnp
+      >>> def block(x, kernel):
+      ...     return x + jax.nn.relu(bnjax.batch_norm(x @ kernel)[0])
+      >>> saving = jax.checkpoint(block, policy=bnjax.convs_and_dots_saveable)
+      >>> x, kernel = jnp.arange(6.0).reshape(3, 2), jnp.eye(2)
+      >>> print(bool(jnp.all(saving(x, kernel) == block(x, kernel))))
+      True
+    """
+    if prim is lax.conv_general_dilated_p or prim is lax.dot_general_p:
+        return True
+    return bool(_names_moments(prim, *args, **params))
+
+
+_names_moments = jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME)
+
+
+def blocked_product(a: Array, b: Array) -> Array:
+    """sum of a b^T over all rows of `[groups, *rows, size]`, added up block by block.
+
+    XLA's CPU backend multiplies small matrices row by row: over 65536 rows a covariance of two
+    features with condition number 1e3 is off by 7e-3, in blocks by 4e-5. First a power of two
+    of blocks, which a sharded batch divides into evenly; then parts of them, padded with zeros.
+    """
+    groups, *rows, size = a.shape
+    sharding = jax.typeof(a).sharding
+    if any(axis is not None for axis in sharding.spec):  # on an explicit mesh: no reshaping
+        axes = tuple(range(1, a.ndim - 1))
+        whole = NamedSharding(sharding.mesh, P(None, None, None))
+        numbers = ((axes, axes), ((0,), (0,)))
+        return lax.dot_general(a, b, numbers, precision=EXACT, out_sharding=whole)
+    n, blocks, least = math.prod(rows), 1, max(32, 8 * size)
+    while n % (2 * blocks) == 0 and n // (2 * blocks) >= least:
+        blocks *= 2
+    parts = max(n // blocks // least, 1)
+    spare = -(n // blocks) % parts
+    a, b = (p.reshape(groups, blocks, n // blocks, size) for p in (a, b))
+    if spare:
+        a, b = (jnp.pad(p, ((0, 0), (0, 0), (0, spare), (0, 0))) for p in (a, b))
+    a, b = (p.reshape(groups, blocks * parts, -1, size) for p in (a, b))
+    return jnp.sum(jnp.einsum("gbni,gbnj->gbij", a, b, precision=EXACT), 1)
