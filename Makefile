@@ -35,4 +35,4 @@ test-newest:  ## the same on the newest that $(PYTHON) gets
 	touch $@
 
 clean:
-	rm -rf .venv build dist results
+	rm -rf .venv .jax_cache build dist results
