@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 LOWEST := jax==0.8.0 jaxlib==0.8.0 flax==0.12.0
 
-.PHONY: demo test lint bench notebooks test-lowest test-newest clean
+.PHONY: demo test lint bench notebooks docs browser test-lowest test-newest clean
 
 demo: .venv/demo.done  ## train on handwritten digits, with and without batch normalization
 	$(BIN)/python notebooks/train_digits.py
@@ -18,6 +18,12 @@ lint: .venv/dev.done  ## style and types
 
 notebooks: .venv/notebooks.done  ## execute the notebooks, from clean kernels
 	$(BIN)/python notebooks/run.py $(ARGS)
+
+docs: .venv/docs.done  ## the site, in build/site; warnings are errors
+	$(BIN)/sphinx-build -q --fail-on-warning --keep-going -d build/doctrees notebooks build/site
+
+browser: docs .venv/browser.done  ## the site in a headless Chromium, which must be installed, with its driver
+	$(BIN)/pytest tests/browser.py
 
 bench: .venv/bench.done  ## time and memory, side by side with the other libraries
 	$(BIN)/python tests/bench/run.py $(ARGS)
