@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 import bnjax
@@ -111,12 +112,16 @@ def nnx_layer(
     return Step(y, layer.mean[...], layer.var[...])
 
 
+LAYERS = {"linen": linen_layer, "nnx": nnx_layer}
 IMPLEMENTATIONS = {
     "batch_norm": _of_functions(bnjax.batch_norm),
     "moments, normalize": _of_functions(_measure_then_apply),
-    "linen": linen_layer,
-    "nnx": nnx_layer,
+    **LAYERS,
 }
+every_implementation = pytest.mark.parametrize(
+    "step", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys()
+)
+every_layer = pytest.mark.parametrize("step", LAYERS.values(), ids=LAYERS.keys())
 
 
 def pull_back(step, x, scale, bias, dy, **settings):

@@ -2,7 +2,7 @@
 
 Each layout takes and returns whole arrays: `layout(x, dy, where, scale, bias)` gives the output,
 the gradients of sum(dy * y), and the moments that each replica measured. `apply` may stand in for
-`bnjax.batch_norm`.
+`bnjax.batch_norm`. `assert_is_whole_batch` says that a layout changes nothing.
 """
 
 import functools
@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import reference
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -17,6 +18,8 @@ import bnjax
 
 DEVICES = 8
 AXIS = "replicas"
+# mean / std and dtype of a batch
+SETTINGS = {"float32": (0.0, jnp.float32), "1e4": (1e4, jnp.float32), "bf16": (0.0, jnp.bfloat16)}
 
 
 def step(x, dy, where, scale, bias, axis_name=None, apply=bnjax.batch_norm):
@@ -112,3 +115,30 @@ def batch(ratio=0.0, dtype=jnp.float32, rows=64, features=6):
     x, dy = rng.standard_normal((2, rows, features))
     scale, bias = rng.standard_normal((2, features)).astype(np.float32)
     return jnp.asarray(x + ratio, dtype), jnp.asarray(dy, dtype), scale, bias
+
+
+def assert_is_whole_batch(result, x, dy, where, scale, bias):
+    """Within 1e-5 of the largest value, and for bfloat16 output within its rounding.
+
+    dx in bfloat16 is rounded three times: autodiff adds the gradient through the statistics and
+    that past them in the dtype of x.
+    """
+    y, dx, dscale, dbias, m = jax.tree.map(reference.wide, result)
+    whole = reference.moments(x, where=where)
+    grad = reference.gradient(x, dy, reference.wide(scale), where=where)
+    half_ulp = 2.0**-8 if result[0].dtype == jnp.bfloat16 else 0.0
+    expected = reference.batch_norm(x, scale, bias, where=where)
+    pairs = {
+        "y": (y, expected, 1e-5 + half_ulp),
+        "dx": (dx, grad.x, 1e-5 + 3 * half_ulp),
+        "dscale": (dscale, grad.scale, 1e-5),
+        "dbias": (dbias, grad.bias, 1e-5),
+        "var": (m.var, whole.var, 1e-5),
+    }
+    for name, (ours, theirs, tolerance) in pairs.items():
+        np.testing.assert_array_less(
+            np.abs(ours - theirs), tolerance * np.abs(theirs).max() + 1e-30, err_msg=name
+        )
+    error = np.abs(m.mean + m.remainder - whole.mean) / np.sqrt(whole.var)
+    assert error.max() < 1e-5
+    np.testing.assert_allclose(np.broadcast_to(m.count, whole.count.shape), whole.count, rtol=1e-6)

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 import bnjax
@@ -87,3 +88,4 @@ class NNX:
 
 
 NETWORKS = {"linen": Linen, "nnx": NNX}
+each_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import assert_refused
 from flax import nnx
 from flax.core import freeze, unfreeze
-from test_inputs import assert_refused
 
 import bnjax
 import bnjax.linen

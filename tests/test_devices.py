@@ -17,37 +17,9 @@ import reference
 from implementations import Step, linen_layer, nnx_layer, pull_back
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from layouts import SETTINGS, assert_is_whole_batch
 
 import bnjax
-
-SETTINGS = {"float32": (0.0, jnp.float32), "1e4": (1e4, jnp.float32), "bf16": (0.0, jnp.bfloat16)}
-
-
-def assert_is_whole_batch(result, x, dy, where, scale, bias):
-    """Within 1e-5 of the largest value, and for bfloat16 output within its rounding.
-
-    dx in bfloat16 is rounded three times: autodiff adds the gradient through the statistics and
-    that past them in the dtype of x.
-    """
-    y, dx, dscale, dbias, m = jax.tree.map(reference.wide, result)
-    whole = reference.moments(x, where=where)
-    grad = reference.gradient(x, dy, reference.wide(scale), where=where)
-    half_ulp = 2.0**-8 if result[0].dtype == jnp.bfloat16 else 0.0
-    expected = reference.batch_norm(x, scale, bias, where=where)
-    pairs = {
-        "y": (y, expected, 1e-5 + half_ulp),
-        "dx": (dx, grad.x, 1e-5 + 3 * half_ulp),
-        "dscale": (dscale, grad.scale, 1e-5),
-        "dbias": (dbias, grad.bias, 1e-5),
-        "var": (m.var, whole.var, 1e-5),
-    }
-    for name, (ours, theirs, tolerance) in pairs.items():
-        np.testing.assert_array_less(
-            np.abs(ours - theirs), tolerance * np.abs(theirs).max() + 1e-30, err_msg=name
-        )
-    error = np.abs(m.mean + m.remainder - whole.mean) / np.sqrt(whole.var)
-    assert error.max() < 1e-5
-    np.testing.assert_allclose(np.broadcast_to(m.count, whole.count.shape), whole.count, rtol=1e-6)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import NETWORKS
+from networks import each_network
 from scipy import integrate, stats
 
 import bnjax
@@ -47,7 +47,7 @@ def test_dead_features_are_marked(value):
     assert np.isfinite(d.divergence).all()
 
 
-@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+@each_network
 def test_the_table_puts_the_layer_to_blame_on_top(network):
     net = network()
     good = bnjax.recalibrate(net.measure, net.stats, [X])

@@ -7,15 +7,10 @@ import numpy as np
 import optax
 import pytest
 import reference
+from samples import RATIOS, normal
 
 import bnjax
 from bnjax import Moments
-
-RATIOS = [0, 1e2, 1e3, 1e4, 1e5, 1e6]  # mean / std
-
-
-def normal(shape, ratio=0, seed=0, dtype=np.float32):
-    return (ratio + np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
 
 
 def steps(dtype, n=100, ratio=2):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from test_inputs import assert_refused
+from checks import assert_refused
 
 import bnjax
 

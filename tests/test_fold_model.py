@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import assert_refused
 from flax import nnx
 from flax.core import freeze
 from flax.traverse_util import flatten_dict, unflatten_dict
-from test_inputs import assert_refused
 
 import bnjax
 import bnjax.linen

@@ -9,18 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from checks import assert_refused
 from flax import nnx
-from implementations import linen_layer, nnx_layer, pull_back
+from implementations import every_layer, linen_layer, pull_back
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_inputs import assert_refused
 
 import bnjax
 import bnjax.linen
 import bnjax.nnx
-
-LAYERS = {"linen": linen_layer, "nnx": nnx_layer}
-every_layer = pytest.mark.parametrize("step", LAYERS.values(), ids=LAYERS.keys())
 
 
 def batch(rows=24, shape=(3, 5), ratio=2.0, seed=0):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from checks import assert_refused
 from jax import lax
 
 import bnjax
@@ -14,12 +15,6 @@ from bnjax import Moments
 X = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
 SQUARE = np.arange(9, dtype=np.float32).reshape(3, 3)
 M = Moments(np.zeros(3, np.float32), np.ones(3, np.float32))
-
-
-def assert_refused(call, message, error=ValueError):
-    with pytest.raises(error) as caught:
-        call()
-    assert str(caught.value) == message
 
 
 def both(x, **settings):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from checks import assert_same_bits
 from flax import nnx
 from flax.errors import ScopeParamShapeError
-from test_linen import covering, normal
+from samples import covering, well_scaled
 
 import bnjax.linen
 import bnjax.nnx
@@ -70,12 +71,6 @@ def run(make, variables, x, dy, mask, *, evaluates, compiled=True, **fields):
     return (jax.jit(call) if compiled else call)(variables, x, dy, mask)
 
 
-def assert_same_bits(a, b):
-    chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
-    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
-
-
 @pytest.mark.parametrize(
     "row",
     covering(
@@ -96,9 +91,9 @@ def assert_same_bits(a, b):
 def test_equal_variables_give_equal_bits(row):
     fields = dict(row)
     x_dtype, mask = fields.pop("x_dtype"), fields.pop("mask")
-    x, dy = normal(1, (2, 6, 4, 3)), normal(2, (2, 6, 4, 3))
+    x, dy = well_scaled(1, (2, 6, 4, 3)), well_scaled(2, (2, 6, 4, 3))
     if x_dtype == "complex64":
-        x = jax.lax.complex(x, normal(3, x.shape))
+        x = jax.lax.complex(x, well_scaled(3, x.shape))
         fields["dtype"] = fields["dtype"] and "complex64"
     features = {-1: (3,), 1: (4,), (0, 2): (6, 3)}[fields["axis"]]
     mask = {
@@ -119,7 +114,7 @@ def test_equal_variables_give_equal_bits(row):
 @pytest.mark.parametrize("evaluates", [False, True])
 def test_16_bit_input_and_parameters_differ_in_the_last_cast_alone(evaluates):
     """As in flax: the float32 statistics have a say in the dtype of NNX's output."""
-    x, dy = normal(1, (2, 16, 3), jnp.bfloat16), normal(2, (2, 16, 3))
+    x, dy = well_scaled(1, (2, 16, 3), jnp.bfloat16), well_scaled(2, (2, 16, 3))
     variables = variables_of(3)
     variables["params"] = jax.tree.map(lambda p: p.astype(jnp.bfloat16), variables["params"])
     (a, stats, _), (b, same_stats, _) = (
@@ -281,7 +276,7 @@ def test_loaded_statistics_of_another_shape_are_refused(name, evaluates, make):
         "Give one value for each feature."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        layer(normal(1, (4, 3)), use_running_average=evaluates)
+        layer(well_scaled(1, (4, 3)), use_running_average=evaluates)
     assert_same_bits(stats(), before)
 
 
@@ -306,7 +301,7 @@ def test_loaded_parameters_of_another_shape_are_refused(name, evaluates):
         layer, stats = make(variables)
         before = stats()
         with pytest.raises(error, match=message):
-            layer(normal(1, (4, 3)), use_running_average=evaluates)
+            layer(well_scaled(1, (4, 3)), use_running_average=evaluates)
         assert_same_bits(stats(), before)
 
 
@@ -335,7 +330,7 @@ def test_an_unknown_axis_name_is_an_error_in_training_alone(axis_name, make):
         "Call this under jax.pmap, jax.shard_map or jax.vmap with that axis name, or "
         "leave axis_name out: plain jit over sharded arrays needs none."
     )
-    x = normal(1, (4, 3))
+    x = well_scaled(1, (4, 3))
     with pytest.raises(NameError, match=f"^{re.escape(message)}$"):
         layer(x, use_running_average=False)
     assert_same_bits(stats(), before)
@@ -355,7 +350,7 @@ def test_one_value_per_feature_gives_the_bias_and_a_warning(shape, make):
         f"x has shape {shape}, one value per feature, so the output is the bias. "
         "Train with more examples, or pass use_running_average=True."
     )
-    x = normal(1, shape)
+    x = well_scaled(1, shape)
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$") as caught:
         y = layer(x, use_running_average=False)
     assert len(caught) == 1
@@ -369,11 +364,11 @@ def test_one_value_per_feature_gives_the_bias_and_a_warning(shape, make):
 def test_one_value_per_feature_is_no_matter_in_evaluation_or_over_replicas(make):
     variables = variables_of(3)
     layer, _ = make(variables)
-    x = normal(1, (1, 3))
+    x = well_scaled(1, (1, 3))
     y = layer(x, use_running_average=True)
     right = reference.normalize(x, **variables["batch_stats"], **variables["params"])
     np.testing.assert_allclose(y, right.astype(float), rtol=1e-5)
-    xs = normal(2, (8, 1, 3))
+    xs = well_scaled(2, (8, 1, 3))
     y, *_ = run(make, variables, xs, xs, None, evaluates=False, axis_name="i")
     m = reference.moments(xs)
     right = reference.normalize(xs, m.mean, m.var, **variables["params"])

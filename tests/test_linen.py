@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import itertools
-import random
 
 import chex
 import flax
@@ -15,56 +13,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import reference
+from checks import assert_agree
 from jax import lax
+from samples import covering, well_scaled
 
 import bnjax.linen
 
 KEY = jax.random.key(0)
 NORMAL, UNIFORM = nn.initializers.normal(1.0), nn.initializers.uniform(2.0)
 BOTH = (bnjax.linen.BatchNorm, nn.BatchNorm)
-
-
-def covering(**fields):
-    """Rows of field values such that any two values of two fields meet in a row."""
-    draw, covered = random.Random(0), []
-    choices = [range(len(values)) for values in fields.values()]
-
-    def pairs(row):
-        return set(itertools.combinations(enumerate(row), 2))
-
-    missing = {
-        pair
-        for (i, a), (j, b) in itertools.combinations(enumerate(choices), 2)
-        for pair in itertools.product([(i, k) for k in a], [(j, k) for k in b])
-    }
-    while missing:
-        rows = [[draw.choice(c) for c in choices] for _ in range(30)]
-        for row in rows:
-            for field, value in min(missing):
-                row[field] = value
-        best = max(rows, key=lambda row: len(missing & pairs(row)))
-        missing -= pairs(best)
-        covered.append({name: fields[name][k] for name, k in zip(fields, best, strict=True)})
-    return covered
-
-
-def assert_close(ours, theirs, *, summed=False):
-    """Same tree, dtypes and shapes; to 1e-5 of the largest value, and to 16 bits' last place.
-
-    That is each value's own last place, or the largest value's for `summed`: sums of rounded terms.
-    """
-    chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        last_place = float(jnp.finfo(b.dtype).eps) if b.dtype.itemsize == 2 else 0
-        wide = np.complex128 if jnp.iscomplexobj(b) else np.float64
-        a, b = np.asarray(a).astype(wide), np.asarray(b).astype(wide)
-        atol = (1e-5 + last_place * summed) * np.max(np.abs(b))
-        np.testing.assert_allclose(a, b, rtol=last_place, atol=atol)
-
-
-def normal(seed, shape, dtype=jnp.float32):
-    """Well-scaled data, whose mean is not zero."""
-    return (2 * jax.random.normal(jax.random.key(seed), shape) + 1).astype(dtype)
 
 
 def train(layer, variables, x, dy, **call):
@@ -131,7 +88,7 @@ def test_agrees_with_flax_over_100_steps(row):
     fields = dict(row)
     x_dtype, given = fields.pop("x_dtype"), fields.pop("given")
     ours, theirs = (layer(**fields) for layer in BOTH)
-    xs, dys = normal(1, (100, 2, 8, 4, 6), x_dtype), normal(2, (100, 2, 8, 4, 6))
+    xs, dys = well_scaled(1, (100, 2, 8, 4, 6), x_dtype), well_scaled(2, (100, 2, 8, 4, 6))
     with jax.numpy_dtype_promotion("standard"):
         mine, flaxs = (
             jax.jit(functools.partial(layer.init, use_running_average=False))(KEY, xs[0, 0])
@@ -167,9 +124,9 @@ def test_agrees_with_flax_over_100_steps(row):
     start = (flaxs.get("params", {}), flaxs["batch_stats"], mine["batch_stats"])
     start = jax.tree.map(lambda p: jnp.stack([p, p]), start)
     (a, b), evaluations = run(*start)
-    assert_close(a[:3], b[:3])
-    assert_close(a[3], b[3], summed=True)  # the terms through x and through its moments
-    assert_close(evaluations[0::2], evaluations[1::2])
+    assert_agree(a[:3], b[:3])
+    assert_agree(a[3], b[3], summed=True)  # the terms through x and through its moments
+    assert_agree(evaluations[0::2], evaluations[1::2])
 
 
 class Network(nn.Module):
@@ -186,7 +143,7 @@ class Network(nn.Module):
 
 
 def test_a_network_trains_as_with_flax():
-    x = normal(1, (64, 4))
+    x = well_scaled(1, (64, 4))
     target = jnp.sin(x.sum(1, keepdims=True))
 
     def run(layer):
@@ -208,11 +165,11 @@ def test_a_network_trains_as_with_flax():
 
     ours, theirs = (jax.jit(run, static_argnums=0)(layer) for layer in BOTH)
     assert ours[1][-1] < 0.2 * ours[1][0]
-    assert_close(ours, theirs)
+    assert_agree(ours, theirs)
 
 
 def test_groups_of_replicas_as_flax():
-    x, dy = normal(1, (4, 8, 3)), normal(2, (4, 8, 3))
+    x, dy = well_scaled(1, (4, 8, 3)), well_scaled(2, (4, 8, 3))
     groups = [[0, 2], [1, 3]]
 
     def run(layer):
@@ -221,7 +178,7 @@ def test_groups_of_replicas_as_flax():
         return jax.pmap(functools.partial(train, layer, variables), axis_name="i")(x, dy)
 
     ours, theirs = map(run, BOTH)
-    assert_close(ours, theirs)
+    assert_agree(ours, theirs)
     stats = ours[1]
     np.testing.assert_array_equal(stats["mean"][0], stats["mean"][2])
     assert jnp.all(stats["mean"][0] != stats["mean"][1])
@@ -229,7 +186,7 @@ def test_groups_of_replicas_as_flax():
 
 def test_without_float32_reductions_the_state_still_is_float32():
     """The documented exception: flax then keeps 16-bit statistics. Ours are the right ones."""
-    x = normal(1, (64, 3), jnp.bfloat16)
+    x = well_scaled(1, (64, 3), jnp.bfloat16)
     layer = bnjax.linen.BatchNorm(
         param_dtype=jnp.bfloat16, force_float32_reductions=False, use_running_average=False
     )
@@ -243,13 +200,13 @@ def test_without_float32_reductions_the_state_still_is_float32():
 
 
 def test_float32_without_float32_reductions_as_flax():
-    x, dy = normal(1, (64, 3)), normal(2, (64, 3))
+    x, dy = well_scaled(1, (64, 3)), well_scaled(2, (64, 3))
     ours, theirs = (
         layer(force_float32_reductions=False, use_running_average=False) for layer in BOTH
     )
     variables = ours.init(KEY, x)
     chex.assert_trees_all_equal(variables, theirs.init(KEY, x), strict=True)
-    assert_close(train(ours, variables, x, dy), train(theirs, variables, x, dy))
+    assert_agree(train(ours, variables, x, dy), train(theirs, variables, x, dy))
 
 
 @pytest.mark.parametrize(
@@ -269,13 +226,13 @@ def test_numpy_input_of_any_dtype_as_flax(x_dtype, dtype):
     with jax.numpy_dtype_promotion("standard"):
         theirs = run(nn.BatchNorm)
     ours = run(bnjax.linen.BatchNorm)
-    assert_close(ours, theirs)
+    assert_agree(ours, theirs)
 
 
 @pytest.mark.parametrize("layer", BOTH)
 @pytest.mark.parametrize("way", ["state dict", "bytes", "orbax"])
 def test_variables_of_either_layer_survive_a_round_trip_into_ours(way, layer, tmp_path):
-    x = normal(1, (16, 3))
+    x = well_scaled(1, (16, 3))
     layer = layer(bias_init=NORMAL, scale_init=UNIFORM, use_running_average=False)
     variables = layer.init(KEY, x)
     variables |= layer.apply(variables, x, mutable=["batch_stats"])[1]
@@ -311,17 +268,19 @@ def test_initialization_leaves_the_statistics_alone():
     """Also with `axis_name`, which need not be mapped, and a batch of one, without a warning."""
     layer = bnjax.linen.BatchNorm(axis_name="replicas", use_running_average=False)
     stats = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
-    for x in (normal(1, (8, 3)), normal(1, (1, 3))):
+    for x in (well_scaled(1, (8, 3)), well_scaled(1, (1, 3))):
         y, variables = layer.init_with_output(KEY, x)
         chex.assert_trees_all_equal(variables["batch_stats"], stats, strict=True)
         m = reference.moments(x)
         np.testing.assert_allclose(y, reference.normalize(x, m.mean, m.var), atol=1e-6)
-    variables = Twice(bnjax.linen.BatchNorm).init(KEY, normal(1, (8, 3)), normal(2, (8, 3)))
+    variables = Twice(bnjax.linen.BatchNorm).init(
+        KEY, well_scaled(1, (8, 3)), well_scaled(2, (8, 3))
+    )
     chex.assert_trees_all_equal(variables["batch_stats"]["BatchNorm_0"], stats, strict=True)
 
 
 def test_initialization_ignores_the_running_pivot():
-    x = normal(1, (8, 3)) + 1e4
+    x = well_scaled(1, (8, 3)) + 1e4
     y, _ = bnjax.linen.BatchNorm(pivot="running").init_with_output(
         KEY, x, use_running_average=False
     )
@@ -331,7 +290,7 @@ def test_initialization_ignores_the_running_pivot():
 
 @pytest.mark.parametrize("way", ["eval_shape", "jit", "lazy"])
 def test_abstract_and_compiled_initialization(way):
-    x = normal(1, (8, 3), jnp.bfloat16)
+    x = well_scaled(1, (8, 3), jnp.bfloat16)
     layer = bnjax.linen.BatchNorm(use_running_average=False, bias_init=NORMAL, axis_name="i")
     eager = layer.init(KEY, x)
     if way == "eval_shape":
@@ -348,7 +307,7 @@ def test_abstract_and_compiled_initialization(way):
 
 
 def test_called_twice_in_a_step_it_updates_twice():
-    a, b = normal(1, (8, 3)), 3 * normal(2, (16, 3))
+    a, b = well_scaled(1, (8, 3)), 3 * well_scaled(2, (16, 3))
     outputs, updates = zip(
         *(
             model.apply(model.init(KEY, a, b), a, b, mutable=["batch_stats"])
@@ -356,8 +315,8 @@ def test_called_twice_in_a_step_it_updates_twice():
         ),
         strict=True,
     )
-    assert_close(outputs[0], outputs[1])
-    assert_close(updates[0], updates[1])
+    assert_agree(outputs[0], outputs[1])
+    assert_agree(updates[0], updates[1])
     first, second = reference.moments(a), reference.moments(b)
     stats = updates[0]["batch_stats"]["BatchNorm_0"]
     np.testing.assert_allclose(stats["mean"], 0.09 * first.mean + 0.1 * second.mean, rtol=1e-5)
@@ -366,7 +325,7 @@ def test_called_twice_in_a_step_it_updates_twice():
 
 
 def test_training_normalizes_with_the_batch_and_not_with_what_it_remembers():
-    x = normal(1, (64, 3))
+    x = well_scaled(1, (64, 3))
     layer = bnjax.linen.BatchNorm(momentum=0.5, use_running_average=False)
     stats = {"mean": jnp.full(3, 5.0), "var": jnp.full(3, 7.0)}
     variables = {**layer.init(KEY, x), "batch_stats": stats}
@@ -379,7 +338,7 @@ def test_training_normalizes_with_the_batch_and_not_with_what_it_remembers():
 
 @pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
 def test_evaluation_needs_no_mapped_axis_and_nothing_mutable(x_dtype):
-    x = normal(1, (64, 3), x_dtype)
+    x = well_scaled(1, (64, 3), x_dtype)
     layer = bnjax.linen.BatchNorm(axis_name="replicas", epsilon=1e-3, dtype=x_dtype)
     params = {"scale": jnp.array([1.0, -2.0, 0.5]), "bias": jnp.array([0.0, 1.0, 3.0])}
     stats = {"mean": jnp.array([1.0, 0.0, 1003.0]), "var": jnp.array([4.0, 1.0, 0.25])}
@@ -394,7 +353,7 @@ def test_evaluation_needs_no_mapped_axis_and_nothing_mutable(x_dtype):
 
 
 def test_forgotten_mutable_and_misplaced_use_running_average_have_flaxs_errors():
-    x = normal(1, (8, 3))
+    x = well_scaled(1, (8, 3))
 
     def errors(layer):
         variables = layer(use_running_average=True).init(KEY, x)
@@ -415,7 +374,7 @@ def test_forgotten_mutable_and_misplaced_use_running_average_have_flaxs_errors()
 
 
 def test_partitioning_metadata_survives():
-    x, dy = normal(1, (8, 3)), normal(2, (8, 3))
+    x, dy = well_scaled(1, (8, 3)), well_scaled(2, (8, 3))
 
     def run(layer):
         layer = layer(
@@ -430,7 +389,7 @@ def test_partitioning_metadata_survives():
     chex.assert_trees_all_equal(ours, theirs, strict=True)
     assert ours["params"]["scale"].names == ("model",)
     assert our_steps[0][2]["scale"].names == ("model",)
-    assert_close(our_steps, their_steps)
+    assert_agree(our_steps, their_steps)
 
 
 class Cell(nn.Module):
@@ -506,7 +465,7 @@ TRANSFORMS = {
 
 def assert_trains_as_with_flax(build, before=lambda x: (x,), after=lambda out: out, start=None):
     """The model that `build` makes of either layer: variables, a step, and its gradients."""
-    x, dy = normal(1, (4, 8, 3)), normal(2, (4, 8, 3))
+    x, dy = well_scaled(1, (4, 8, 3)), well_scaled(2, (4, 8, 3))
 
     def run(layer):
         model = build(layer)
@@ -522,7 +481,7 @@ def assert_trains_as_with_flax(build, before=lambda x: (x,), after=lambda out: o
 
     ours, theirs = (jax.jit(run, static_argnums=0)(layer) for layer in BOTH)
     chex.assert_trees_all_equal(ours[0], theirs[0], strict=True)
-    assert_close(ours, theirs)
+    assert_agree(ours, theirs)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -557,17 +516,17 @@ def test_scan_over_time():
     [((6, 5, 3), bool), ((6, 5, 1), np.int32), ((6, 1, 1), bool), ((5, 1), bool), ((5, 3), bool)],
 )
 def test_masks_as_flax(shape, dtype):
-    x, dy = normal(1, (6, 5, 3)), normal(2, (6, 5, 3))
+    x, dy = well_scaled(1, (6, 5, 3)), well_scaled(2, (6, 5, 3))
     mask = jax.random.bernoulli(KEY, 0.7, shape).astype(dtype)
     ours, theirs = (layer(use_running_average=False) for layer in BOTH)
     variables = ours.init(KEY, x, mask=mask)
     step = functools.partial(train, variables=variables, x=x, dy=dy, mask=mask)
-    assert_close(step(ours), step(theirs))
+    assert_agree(step(ours), step(theirs))
 
 
 def test_a_feature_mask_and_a_batch_of_one_are_masks_as_any():
     layer = bnjax.linen.BatchNorm(use_running_average=False, momentum=0.9)
-    x, dy = normal(1, (6, 5, 3)), normal(2, (6, 5, 3))
+    x, dy = well_scaled(1, (6, 5, 3)), well_scaled(2, (6, 5, 3))
     variables = layer.init(KEY, x)
     start = variables["batch_stats"]
     _, unmasked, *_ = train(layer, variables, x, dy)
@@ -579,16 +538,16 @@ def test_a_feature_mask_and_a_batch_of_one_are_masks_as_any():
         assert jnp.all(jnp.isfinite(y))
     unmasked = train(layer, variables, x[:1], dy[:1])
     for mask in (jnp.ones((1, 5, 1), bool), jnp.array(True)):
-        assert_close(train(layer, variables, x[:1], dy[:1], mask=mask), unmasked)
+        assert_agree(train(layer, variables, x[:1], dy[:1], mask=mask), unmasked)
 
 
 @pytest.mark.parametrize("mask", [jnp.zeros((8, 1), bool), jnp.zeros((8, 1)), jnp.array(False)])
 def test_an_all_masked_batch_leaves_the_state_untouched(mask):
-    x = normal(1, (8, 3)).at[2].set(jnp.nan)
+    x = well_scaled(1, (8, 3)).at[2].set(jnp.nan)
     layer = bnjax.linen.BatchNorm(use_running_average=False, momentum=0.0)
     variables = layer.init(KEY, x)
     variables["batch_stats"] = {"mean": jnp.array([1.0, 2, 3]), "var": jnp.array([4.0, 5, 6])}
-    y, stats, *gradients = train(layer, variables, x, normal(2, x.shape), mask=mask)
+    y, stats, *gradients = train(layer, variables, x, well_scaled(2, x.shape), mask=mask)
     chex.assert_trees_all_equal(stats, variables["batch_stats"], strict=True)
     chex.assert_tree_all_finite((y, gradients))
 
@@ -599,9 +558,9 @@ WIDTHS = {"bfloat16": "float32", "float16": "float32", "complex64": "complex64"}
 @pytest.mark.parametrize("x_dtype", ["float32", "float64", "bfloat16", "float16", "complex64"])
 def test_state_keeps_its_dtype_over_100_steps(x_dtype):
     with jax.enable_x64(True):
-        xs = normal(1, (100, 16, 3), jnp.float64)
+        xs = well_scaled(1, (100, 16, 3), jnp.float64)
         if x_dtype == "complex64":
-            xs = lax.complex(xs, normal(2, xs.shape, jnp.float64))
+            xs = lax.complex(xs, well_scaled(2, xs.shape, jnp.float64))
         xs = xs.astype(x_dtype)
         layer = bnjax.linen.BatchNorm(momentum=0.9, use_running_average=False)
         variables = jax.jit(layer.init)(KEY, xs[0])
@@ -640,7 +599,7 @@ def test_loaded_state_keeps_its_dtype_whatever_comes_in(kept):
 
 
 def test_the_running_pivot_agrees_with_the_batchs_once_the_running_mean_is_near():
-    xs = normal(1, (100, 32, 3)) + jnp.array([[[0.0, 10.0, 100.0]]])
+    xs = well_scaled(1, (100, 32, 3)) + jnp.array([[[0.0, 10.0, 100.0]]])
     layer = bnjax.linen.BatchNorm(momentum=0.9, use_running_average=False, bias_init=NORMAL)
     variables = layer.init(KEY, xs[0])
 
@@ -649,11 +608,11 @@ def test_the_running_pivot_agrees_with_the_batchs_once_the_running_mean_is_near(
         return stats, None
 
     variables["batch_stats"], _ = lax.scan(step, variables["batch_stats"], xs)
-    dy = normal(2, xs[0].shape)
+    dy = well_scaled(2, xs[0].shape)
     batch, running = (
         train(layer.clone(pivot=pivot), variables, xs[-1], dy) for pivot in ("batch", "running")
     )
-    assert_close(running, batch)
+    assert_agree(running, batch)
     m = reference.moments(xs[-1])
     right = reference.normalize(xs[-1], m.mean, m.var, bias=variables["params"]["bias"])
     np.testing.assert_allclose(running[0], right, atol=3e-6)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_whiten import assert_is, correlated, covariance, transform, whitened
+from whitening import assert_covariances, correlated, covariance, transform, whitened
 
 import bnjax
 from bnjax.linen import BatchNorm, DecorrelatedBatchNorm
@@ -169,7 +169,7 @@ def test_emitted_moments_update_what_training_updates():
     m = measure(x)["DecorrelatedBatchNorm_0"]["moments"]
     assert isinstance(m, bnjax.CovMoments)
     hidden = x @ np.asarray(variables["params"]["Dense_0"]["kernel"])
-    assert_is(m, hidden, 2, tolerance=1e-5)
+    assert_covariances(m, hidden, 2, tolerance=1e-5)
     stats = bnjax.update_stats(variables["batch_stats"], measure(x), momentum=0.75)
     _, after = train(net, variables, x)
     jax.tree.map(
@@ -187,7 +187,7 @@ def test_a_second_call_merges():
         layer(x[10:])
 
     _, updates = nn.apply(twice, layer, mutable=["moments"])(variables, x)
-    assert_is(updates["moments"]["moments"], x, 4)
+    assert_covariances(updates["moments"]["moments"], x, 4)
 
 
 def test_recalibration_gives_the_moments_of_the_data_set():

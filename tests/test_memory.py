@@ -5,23 +5,20 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from implementations import IMPLEMENTATIONS
+from implementations import every_implementation
 from jax import lax
+from samples import normal
 
 import bnjax
 
 FEATURES = 8
 VECTORS = 16 * FEATURES * 4  # bytes of sixteen float32 vectors of the features: "O(features)"
-every_implementation = pytest.mark.parametrize(
-    "step", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys()
-)
 every_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 
 
-def normal(shape, dtype, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+def array(shape, dtype=jnp.float32, seed=0):
+    return jnp.asarray(normal(shape, seed=seed, dtype=dtype))
 
 
 def kept(f, *inputs):
@@ -40,7 +37,7 @@ def layer(step, where=None):
 @pytest.mark.parametrize("jit", [False, True])
 @every_implementation
 def test_a_layer_keeps_its_input_and_vectors(step, jit, dtype):
-    x = normal((64, 16, FEATURES), dtype)
+    x = array((64, 16, FEATURES), dtype)
     f = jax.jit(layer(step)) if jit else layer(step)
     assert x.nbytes <= kept(f, x) <= x.nbytes + VECTORS
 
@@ -49,7 +46,7 @@ def test_a_layer_keeps_its_input_and_vectors(step, jit, dtype):
 @pytest.mark.parametrize("shape", [(64, 1, 1), (64, 16, 1), (64, 16, FEATURES)], ids=str)
 @every_implementation
 def test_a_layer_keeps_a_mask_as_narrow_as_it_came(step, shape, dtype):
-    x, where = normal((64, 16, FEATURES), dtype), normal(shape, jnp.float32, 1) > 0
+    x, where = array((64, 16, FEATURES), dtype), array(shape, seed=1) > 0
 
     def f(x, where):
         return layer(step, where)(x)
@@ -60,7 +57,7 @@ def test_a_layer_keeps_a_mask_as_narrow_as_it_came(step, shape, dtype):
 @every_dtype
 @every_implementation
 def test_a_relu_after_it_keeps_no_more_under_the_policy(step, dtype):
-    x = normal((64, 16, FEATURES), dtype)
+    x = array((64, 16, FEATURES), dtype)
 
     @functools.partial(jax.checkpoint, policy=bnjax.convs_and_dots_saveable)
     def f(x):
@@ -84,8 +81,8 @@ def block(step, x, kernels, scale, bias):
 def block_and_inputs(step, policy, dtype=jnp.float32):
     """The block, under `jax.checkpoint` if there is a policy, with its input and parameters."""
     f = functools.partial(block, step)
-    x = normal((8, 16, 16, FEATURES), dtype)
-    kernels = normal((2, 3, 3, FEATURES, FEATURES), dtype, 1)
+    x = array((8, 16, 16, FEATURES), dtype)
+    kernels = array((2, 3, 3, FEATURES, FEATURES), dtype, seed=1)
     inputs = x, (kernels[0], kernels[1]), jnp.ones(FEATURES), jnp.ones(FEATURES)
     return jax.checkpoint(f, policy=policy) if policy else f, inputs
 

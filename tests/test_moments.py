@@ -8,26 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from checks import assert_accurate
+from samples import RATIOS, ROWS, normal
 
 import bnjax
 from bnjax import Moments
-
-RATIOS = [0, 1e2, 1e3, 1e4, 1e5, 1e6]  # mean / std
-ROWS = [4096, 4099]  # XLA fuses differently where the row count is no power of two
-
-
-def normal(shape, ratio=0, seed=0, dtype=np.float32):
-    return (ratio + np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
-
-
-def assert_accurate(m, expected, tolerance=(1e-6, 2e-6)):
-    """Mean + remainder within a part of the standard deviation, the variance of itself."""
-    mean, var, count, remainder = map(reference.wide, m)
-    error = np.abs(mean + remainder - expected.mean) / np.sqrt(expected.var)
-    assert np.max(error) <= tolerance[0]
-    assert np.max(np.abs(var / expected.var - 1)) <= tolerance[1]
-    np.testing.assert_allclose(np.broadcast_to(count, var.shape), expected.count, rtol=1e-6)
-
 
 # Measure
 

@@ -9,26 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from implementations import IMPLEMENTATIONS, pull_back
+from checks import largest_error
+from implementations import every_implementation, pull_back
 from jax.test_util import check_grads
+from samples import RATIOS, ROWS, normal
 
 import bnjax
 from bnjax import Moments
-
-RATIOS = [0, 1e2, 1e3, 1e4, 1e5, 1e6]  # mean / std
-ROWS = [4096, 4099]  # XLA fuses differently where the row count is no power of two
-every_implementation = pytest.mark.parametrize(
-    "step", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys()
-)
-
-
-def normal(shape, ratio=0, seed=0, dtype=np.float32):
-    return (ratio + np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
-
-
-def largest_error(actual, expected):
-    return np.max(np.abs(reference.wide(actual) - expected))
-
 
 # Accuracy
 

@@ -4,8 +4,10 @@ import importlib.resources
 import inspect
 import os
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +103,9 @@ def test_every_public_function_has_an_example(name):
 
 def test_the_version_is_a_number():
     assert all(part.isdigit() for part in bnjax.__version__.split("."))
+
+
+def test_no_test_file_imports_another():
+    """What they share lies in modules beside them: `checks`, `samples`, `reference`, ..."""
+    for file in Path(__file__).parent.glob("test_*.py"):
+        assert not re.findall(r"^\s*(?:from|import) test_\w+", file.read_text(), re.MULTILINE), file

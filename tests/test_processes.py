@@ -14,8 +14,8 @@ from pathlib import Path
 import chex
 import layouts
 import numpy as np
+from layouts import SETTINGS, assert_is_whole_batch
 from sklearn.datasets import load_digits
-from test_devices import SETTINGS, assert_is_whole_batch
 
 WORKER = Path(__file__).with_name("two_processes.py")
 CASES = ("no mask", "uneven mask", "one replica masked", "weights")

@@ -11,7 +11,7 @@ import pytest
 import reference
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from implementations import IMPLEMENTATIONS, pull_back
+from implementations import IMPLEMENTATIONS, every_implementation, pull_back
 
 # The same examples in every run, no clock, and no shrinking, as each new shape is compiled.
 reproducible = settings(
@@ -21,9 +21,6 @@ reproducible = settings(
     max_examples=6,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
-every_implementation = pytest.mark.parametrize(
-    "step", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys()
 )
 EXACT = (np.float32, np.float64)
 DTYPES = (*EXACT, jnp.bfloat16, np.float16)

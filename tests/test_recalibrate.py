@@ -11,20 +11,15 @@ import pytest
 import reference
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from networks import NETWORKS
+from networks import NETWORKS, each_network
+from samples import fresh
 
 import bnjax
 from bnjax import _recalibrate
 
-each_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
-
 
 def data(rows=103, ratio=0.0, seed=0):
     return (ratio + np.random.default_rng(seed).standard_normal((rows, 3))).astype(np.float32)
-
-
-def fresh():
-    return {"mean": jnp.zeros(3), "var": jnp.ones(3)}
 
 
 def split(x, *sizes):

@@ -11,9 +11,9 @@ import layouts
 import numpy as np
 import pytest
 import reference
+from checks import assert_refused, largest_error
 from flax import nnx
 from layouts import LAYOUTS
-from test_inputs import assert_refused
 
 import bnjax
 import bnjax.linen
@@ -65,10 +65,6 @@ def pull_back(x, running, scale, bias, dy, **settings):
 
     y, pull, m = jax.vjp(apply, x, scale, bias, has_aux=True)
     return y, *pull(dy), m
-
-
-def largest_error(actual, expected):
-    return np.max(np.abs(reference.wide(actual) - expected))
 
 
 def batch(rows=33, features=8, ratio=0.0, dtype=np.float32, seed=0):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from checks import assert_refused
 from flax import nnx
-from test_inputs import assert_refused
 
 import bnjax
 import bnjax.linen

@@ -11,80 +11,24 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from whitening import (
+    METHODS,
+    assert_covariances,
+    correlated,
+    covariance,
+    transform,
+    whitened,
+)
 
 import bnjax
 import bnjax.linen
 
-METHODS = {
-    "cholesky": {"method": "cholesky"},
-    "newton_schulz": {"method": "newton_schulz", "iterations": 40},
-}
 each_method = pytest.mark.parametrize("method", METHODS)
-
-
-def correlated(rows, size, condition=10.0, groups=1, seed=0):
-    """Normal data whose covariance in each group has exactly this condition number, mean 0."""
-    rng = np.random.default_rng(seed)
-    parts = []
-    for _ in range(groups):
-        z = rng.standard_normal((rows, size))
-        z -= z.mean(0)
-        z = z @ np.linalg.inv(np.linalg.cholesky(z.T @ z / rows)).T
-        q, _ = np.linalg.qr(rng.standard_normal((size, size)))
-        parts.append(z * np.sqrt(np.geomspace(1, 1 / condition, size)) @ q.T)
-    return np.concatenate(parts, 1)
-
-
-def in_groups(x, size):
-    """[N, C] as [groups, N, size], in double precision."""
-    x = np.asarray(x)
-    x = x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
-    return np.moveaxis(x.reshape(len(x), -1, size), 0, 1)
-
-
-def covariance(x, size, weights=None):
-    """The oracle: biased, in each group of neighbouring columns."""
-    x = in_groups(x, size)
-    w = np.ones(x.shape[1]) if weights is None else np.asarray(weights, np.float64)
-    d = x - (w[:, None] * x).sum(1, keepdims=True) / w.sum()
-    return np.einsum("n,gni,gnj->gij", w, d, d.conj()) / w.sum()
-
-
-def transform(cov, method, epsilon):
-    """The oracle: the inverse Cholesky factor, or by eigenvalues the inverse square root."""
-    a = cov + epsilon * np.eye(cov.shape[-1])
-    if method == "cholesky":
-        return np.linalg.inv(np.linalg.cholesky(a))
-    values, vectors = np.linalg.eigh(a)
-    return vectors / np.sqrt(values)[:, None] @ np.swapaxes(vectors, 1, 2).conj()
-
-
-def whitened(x, size, method, epsilon=1e-5, scale=1.0, bias=0.0):
-    """The oracle of the output."""
-    d = in_groups(x, size)
-    d = d - d.mean(1, keepdims=True)
-    w = transform(covariance(x, size), method, epsilon)
-    return np.moveaxis(d @ np.swapaxes(w, 1, 2), 0, 1).reshape(np.shape(x)) * scale + bias
 
 
 def whiten(x, scale=None, bias=None, *, group_size=None, method="cholesky", **settings):
     m = bnjax.cov_moments(x, group_size=group_size)
     return bnjax.whiten(x, m, scale, bias, **METHODS[method], **settings)
-
-
-def assert_is(m, x, size, weights=None, tolerance=2e-6):
-    """The moments, in units of the standard deviations."""
-    x = np.asarray(x, np.longdouble)
-    w = np.ones(len(x)) if weights is None else weights
-    mean = (w[:, None] * x).sum(0) / w.sum()
-    mean = mean + (w[:, None] * (x - mean)).sum(0) / w.sum()
-    expected = covariance(x - mean, size, weights)
-    deviations = np.sqrt(np.diagonal(expected, axis1=1, axis2=2))
-    error = np.asarray(m.mean, np.longdouble) + np.asarray(m.remainder, np.longdouble) - mean
-    assert np.max(np.abs(error) / deviations.ravel()) < tolerance
-    error = np.abs(m.cov - expected) / deviations[:, :, None] / deviations[:, None]
-    assert error.max() < tolerance
-    np.testing.assert_allclose(m.count, w.sum(), rtol=1e-6)
 
 
 # Measure
@@ -96,7 +40,7 @@ def assert_is(m, x, size, weights=None, tolerance=2e-6):
 def test_moments_at_every_mean(jit, ratio, rows):
     x = (ratio + correlated(4099, 3, groups=2)[:rows]).astype(np.float32)
     measure = functools.partial(bnjax.cov_moments, group_size=3)
-    assert_is((jax.jit(measure) if jit else measure)(x), x, 3)
+    assert_covariances((jax.jit(measure) if jit else measure)(x), x, 3)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
@@ -111,7 +55,7 @@ def test_features_on_any_axes(axis, size):
     rest = tuple(i for i in range(4) if i not in axes)
     flat = x.transpose(rest + axes).reshape(-1, 6)
     assert m.mean.shape == tuple(shape[i] for i in axes)
-    assert_is(m._replace(mean=m.mean.ravel(), remainder=m.remainder.ravel()), flat, size)
+    assert_covariances(m._replace(mean=m.mean.ravel(), remainder=m.remainder.ravel()), flat, size)
     np.testing.assert_allclose(m.var, flat.var(0).reshape(m.mean.shape), rtol=1e-5)
     y = bnjax.whiten(x, m, feature_axis=axis).transpose(rest + axes).reshape(-1, 6)
     np.testing.assert_allclose(y, whitened(flat, size, "cholesky"), atol=1e-5)
@@ -136,7 +80,7 @@ def test_a_mask_is_deletion_and_weights_are_repetition(kind):
     x = np.where((w > 0)[:, None], x, [np.nan, np.inf, -np.inf, 1e30]).astype(np.float32)
     given = np.repeat(x, w, 0)
     m = bnjax.cov_moments(x, where=where)
-    assert_is(m, given, 4)
+    assert_covariances(m, given, 4)
 
     @jax.grad
     def gradient(x, where):
@@ -172,7 +116,7 @@ def test_nothing_seen():
 def test_a_pivot_saves_the_first_pass():
     x = (100 + correlated(64, 3)).astype(np.float32)
     near = bnjax.cov_moments(x, pivot=jnp.full(3, 100.5))
-    assert_is(near, x, 3, tolerance=5e-6)
+    assert_covariances(near, x, 3, tolerance=5e-6)
     sums = [
         str(jax.make_jaxpr(lambda x, c=c: bnjax.cov_moments(x, pivot=c))(x)).count("reduce_sum")
         for c in (None, jnp.full(3, 100.5))
@@ -191,7 +135,7 @@ def test_the_merge_of_parts_is_the_whole():
         bnjax.merge(a, bnjax.merge(c, b)),
         functools.reduce(bnjax.merge, (c, a, b)),
     ):
-        assert_is(m, x, 4)
+        assert_covariances(m, x, 4)
     empty = bnjax.CovMoments(jnp.full(8, jnp.nan), jnp.full((2, 4, 4), jnp.nan), 0.0)
     for m in (bnjax.merge(a, empty), bnjax.merge(empty, a)):
         np.testing.assert_allclose(m.cov, a.cov, rtol=1e-7)
@@ -201,7 +145,7 @@ def test_the_merge_of_parts_is_the_whole():
 def test_stacked_parts_merge():
     x = (10 + correlated(60, 4)).astype(np.float32)
     parts = jax.vmap(functools.partial(bnjax.cov_moments, group_size=2))(x.reshape(3, 20, 4))
-    assert_is(bnjax.merge_stacked({"a": {"moments": parts}})["a"]["moments"], x, 2)
+    assert_covariances(bnjax.merge_stacked({"a": {"moments": parts}})["a"]["moments"], x, 2)
     replicas = {"mean": parts.mean, "cov": parts.cov}
     merged = bnjax.merge_stacked(replicas)
     np.testing.assert_allclose(merged["cov"], covariance(x, 2), rtol=1e-4)
@@ -454,7 +398,7 @@ def test_eight_devices_are_one(layout, case, rows, monkeypatch):
     whole = step(x, dy, where, scale, bias)
     result = layouts.LAYOUTS[layout](x, dy, where, scale, bias)
     weights = None if where is None else np.asarray(where, float)[:, 0]
-    assert_is(result[-1], x, 3, weights)
+    assert_covariances(result[-1], x, 3, weights)
     for a, b in zip(result[:-1], whole[:-1], strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
 
