@@ -19,7 +19,13 @@ from selenium.webdriver.support.wait import WebDriverWait
 BUILD = Path(__file__).parents[1] / "build"
 SITE = BUILD / "site"
 FORMULAS = ["reference/measure", "reference/apply", "1_batch_normalization_by_hand"]
-CODE = ["index", "reference/weights", "4_masks_and_many_devices"]
+CODE = [
+    "index",
+    "guide/devices",
+    "guide/performance",
+    "reference/weights",
+    "4_masks_and_many_devices",
+]
 ARGUMENTS = "headless no-sandbox disable-gpu disable-quic no-first-run hide-scrollbars "
 ARGUMENTS += "disable-background-networking disable-component-update disable-sync"
 

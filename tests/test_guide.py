@@ -52,6 +52,7 @@ def run(code, folder):
     os.chdir(folder)
     script = Path(folder, "program.py")
     script.write_text(code)
+    sys.argv = [str(script)]
     with contextlib.redirect_stdout(io.StringIO()) as printed, warnings.catch_warnings():
         warnings.filterwarnings("error", category=DeprecationWarning, module="__main__")
         runpy.run_path(str(script), run_name="__main__")
@@ -67,7 +68,7 @@ def assert_prints(printed, output):
 
 @pytest.mark.parametrize(("code", "output"), PROGRAMS)
 def test_a_program_prints_what_its_page_says(code, output, reader, tmp_path):
-    if "jax_num_cpu_devices" in code:  # can be set only before JAX starts
+    if "jax_num_cpu_devices" in code:  # must be set before JAX starts
         with a_reader() as pool:
             printed = pool.submit(run, code, tmp_path).result()
     else:

@@ -1,4 +1,4 @@
-"""What whitening costs beside batch normalization: prints the table that the README shows.
+"""What whitening costs beside batch normalization: prints the table that the guide shows.
 
 A training step of the layer alone, forward and backward, on float32 input of 4096 rows. The
 layers take turns and each figure is the median of the paired ratios, so that other work on the
