@@ -27,7 +27,7 @@ napoleon_use_rtype = False
 toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
-pygments_dark_style = "github-dark"
+pygments_style, pygments_dark_style = "default", "github-dark"
 html_favicon = "icon.svg"
 html_title = f"bnjax {version}"
 html_copy_source = False
