@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -87,3 +88,14 @@ def test_every_figure_of_the_table_is_still_measured():
     for new, old in zip(ours, said, strict=True):
         numbers = [np.array(NUMBER.findall(cell), float) for cell in (new, old)]
         np.testing.assert_allclose(*numbers, rtol=0.5, atol=1e-6)
+
+
+def test_the_package_index_gets_no_link_or_picture_that_leads_nowhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    hook = project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    text = README.read_text()
+    assert "](notebooks/" in text
+    for rule in hook["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    assert "where in a network it belongs" in text
+    assert re.findall(r"\]\((?!https?:).*|<!--.*", text) == []
