@@ -9,16 +9,17 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from bnjax._arguments import Axes, read_mask, split_axes
+from bnjax._statistic import M
 from bnjax._trees import merge_stacked
 
 
 def in_ghosts(
-    train: Callable[[Array, Array | None], tuple[Array, Any]],
+    train: Callable[[Array, Array | None], tuple[Array, M]],
     x: Array,
     mask: ArrayLike | None,
     size: int,
     feature_axis: Axes,
-) -> tuple[Array, Any]:
+) -> tuple[Array, M]:
     """y and the merged moments of train(x, mask), run on `size` examples at a time.
 
     The groups are a new axis in front, which vmap hides from `train`. So `merge_stacked` sees

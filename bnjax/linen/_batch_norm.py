@@ -1,24 +1,13 @@
-"""The Flax linen layers: flax's fields, variables and behaviour over bnjax's functions."""
+"""The linen layers that normalize each feature: flax's layer over bnjax's functions."""
 
-from collections.abc import Sequence
 from typing import Literal
 
-import flax.linen as nn
-import jax.numpy as jnp
-from flax.typing import Axes, Dtype, Initializer
-from jax import Array
-from jax.typing import ArrayLike
-
-from bnjax._average import Momentum
-from bnjax._fold_linen import apply_folded as apply_folded
-from bnjax._fold_linen import fold as fold
-from bnjax._layer import Limit
-from bnjax._linen import call_linen, unit_variance
-from bnjax._linen_whiten import DecorrelatedBatchNorm as DecorrelatedBatchNorm
-from bnjax._statistic import AxisName
+from bnjax._layer.recipe import BATCH_NORM, Limit, Recipe, batch_renorm
+from bnjax._moments import Moments
+from bnjax.linen._base import Base
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(Base[Moments]):
     """Batch normalization (Ioffe and Szegedy, 2015), a drop-in for `flax.linen.BatchNorm`.
 
     In training y = (x - mean) / sqrt(var + epsilon) * scale + bias with the batch's mean and
@@ -76,50 +65,14 @@ class BatchNorm(nn.Module):
       [0.2 2. ]
     """
 
-    use_running_average: bool | None = None
-    axis: Axes = -1
-    momentum: Momentum = 0.99
-    epsilon: float = 1e-5
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = nn.initializers.zeros
-    scale_init: Initializer = nn.initializers.ones
-    axis_name: AxisName | None = None
-    axis_index_groups: Sequence[Sequence[int]] | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     pivot: Literal["batch", "running"] = "batch"
-    debias: bool = False
-    ddof: int = 0
     ghost_batch_size: int | None = None
 
-    @nn.compact
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        mask: ArrayLike | None = None,
-    ) -> Array:
-        """Normalizes `x`; in training also updates `batch_stats`, which must be mutable.
-
-        While initializing the statistics stay as they are, and `axis_name` need not be mapped.
-
-        Args:
-          x: the input, of any shape.
-          use_running_average: overrides the field where that is None.
-          mask: booleans or integers, or sample weights (floats >= 0), broadcasting against `x`:
-            what the statistics are measured on. The output is normalized everywhere.
-
-        Raises:
-          ValueError: for input, mask, parameters or settings that do not fit.
-          NameError: for an `axis_name` that is not mapped, in training.
-          flax.errors.ModifyScopeVariableError: in training without
-            `mutable=["batch_stats"]` (or `["moments"]`) in `apply`.
-        """
-        return call_linen(self, x, use_running_average, mask, ("var", unit_variance))
+    @property
+    def _recipe(self) -> Recipe[Moments]:
+        return BATCH_NORM
 
 
 class BatchRenorm(BatchNorm):
@@ -153,3 +106,7 @@ class BatchRenorm(BatchNorm):
 
     r_max: Limit = 3.0
     d_max: Limit = 5.0
+
+    @property
+    def _recipe(self) -> Recipe[Moments]:
+        return batch_renorm(self.r_max, self.d_max)

@@ -1,0 +1,106 @@
+"""What a layer does in one call, whatever the framework: choose the moments, then apply them."""
+
+from typing import Literal, Protocol
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from bnjax._arguments import Axes, Shape
+from bnjax._average import Momentum, Stats
+from bnjax._layer.ghosts import in_ghosts
+from bnjax._layer.notices import warn_of_single_values
+from bnjax._layer.recipe import Apply, Recipe
+from bnjax._statistic import AxisName, Groups, M, pmerge
+
+
+class Layer(Protocol):
+    """The fields of a layer that its call depends on, under the names that users know."""
+
+    @property
+    def axis(self) -> Axes: ...
+    @property
+    def momentum(self) -> Momentum: ...
+    @property
+    def epsilon(self) -> float: ...
+    @property
+    def axis_name(self) -> AxisName | None: ...
+    @property
+    def axis_index_groups(self) -> Groups: ...
+    @property
+    def pivot(self) -> Literal["batch", "running"]: ...
+    @property
+    def debias(self) -> bool: ...
+    @property
+    def ghost_batch_size(self) -> int | None: ...
+
+
+def call(
+    layer: Layer,
+    recipe: Recipe[M],
+    x: Array,
+    stats: Stats,
+    scale: Array | None,
+    bias: Array | None,
+    mask: ArrayLike | None,
+    dtype: DTypeLike,
+    *,
+    use_running_average: bool,
+    initializing: bool = False,
+) -> tuple[Array, M | None]:
+    """The output, and in training the batch's moments, which are to be remembered or emitted."""
+    if layer.pivot not in ("batch", "running"):
+        raise ValueError(f"pivot is {layer.pivot!r}. Choose 'batch' or 'running'.")
+    axis, axis_name, groups = layer.axis, layer.axis_name, layer.axis_index_groups
+
+    def run(apply: Apply[M], x: Array, m: M, mask: ArrayLike | None) -> Array:
+        return apply(
+            x, m, scale, bias, feature_axis=axis, where=mask, epsilon=layer.epsilon, dtype=dtype
+        )
+
+    if use_running_average or (initializing and x.size == 0):
+        running = recipe.running(stats)
+        return run(recipe.apply, x, running, mask), None
+    apply = recipe.apply if recipe.correct is None else recipe.correct(stats)
+    pivot = stats["mean"] if layer.pivot == "running" and not initializing else None
+
+    def train(
+        x: Array, mask: ArrayLike | None, axis_name: AxisName | None = None, groups: Groups = None
+    ) -> tuple[Array, M]:
+        m = recipe.measure(
+            x,
+            feature_axis=axis,
+            where=mask,
+            axis_name=axis_name,
+            axis_index_groups=groups,
+            pivot=pivot,
+        )
+        return run(apply, x, m, mask), m
+
+    if initializing:
+        return train(x, mask)[0], None
+    if layer.ghost_batch_size is None:
+        y, m = train(x, mask, axis_name, groups)
+        warn_of_single_values(x.shape, axis, axis_name)
+        return y, m
+    y, m = in_ghosts(train, x, mask, layer.ghost_batch_size, axis)
+    warn_of_single_values((layer.ghost_batch_size, *x.shape[1:]), axis, None)
+    return y, m if axis_name is None else pmerge(m, axis_name, axis_index_groups=groups)
+
+
+def counts_steps(layer: Layer, recipe: Recipe[M]) -> bool:
+    """Whether something in the layer depends on the number of updates before."""
+    by_average = layer.debias or layer.momentum is None or callable(layer.momentum)
+    return by_average or recipe.counts_steps
+
+
+def names_of_statistics(layer: Layer, recipe: Recipe[M]) -> list[str]:
+    """What the layer keeps in `batch_stats`."""
+    return ["mean", recipe.statistic.second_name(), *["steps"] * counts_steps(layer, recipe)]
+
+
+def initial(layer: Layer, recipe: Recipe[M], sizes: Shape, dtype: DTypeLike) -> Stats:
+    """The running statistics before the first batch."""
+    second = recipe.statistic.second_name()
+    stats = {"mean": jnp.zeros(sizes, dtype), second: recipe.start(sizes, dtype)}
+    return stats | ({"steps": jnp.zeros((), jnp.int32)} if counts_steps(layer, recipe) else {})

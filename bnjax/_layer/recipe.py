@@ -1,0 +1,119 @@
+"""What one kind of layer does not share with the others."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Generic, Literal, Protocol, TypeVar
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from bnjax._arguments import Axes, Shape
+from bnjax._average import Stats
+from bnjax._covariance import CovMoments, check_group_size, cov_moments
+from bnjax._moments import Moments, moments
+from bnjax._normalize import normalize
+from bnjax._renormalize import renormalize
+from bnjax._rounding import real_dtype
+from bnjax._statistic import AxisName, Groups, M
+from bnjax._whiten import whiten
+
+M_co = TypeVar("M_co", covariant=True)
+M_contra = TypeVar("M_contra", contravariant=True)
+Limit = ArrayLike | Callable[[ArrayLike], ArrayLike]
+Method = Literal["cholesky", "newton_schulz"]
+
+
+class Measure(Protocol[M_co]):
+    """How a batch is measured: as `moments` does."""
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        feature_axis: Axes,
+        where: ArrayLike | None,
+        axis_name: AxisName | None = None,
+        axis_index_groups: Groups = None,
+        pivot: Array | None = None,
+    ) -> M_co: ...
+
+
+class Apply(Protocol[M_contra]):
+    """How the output is computed with a statistic: as `normalize` does."""
+
+    def __call__(
+        self,
+        x: Array,
+        m: M_contra,
+        scale: Array | None,
+        bias: Array | None,
+        *,
+        feature_axis: Axes,
+        where: ArrayLike | None,
+        epsilon: float,
+        dtype: DTypeLike,
+    ) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(Generic[M]):
+    """What one kind of layer is made of. Fields, parameters and averages are every layer's.
+
+    Attributes:
+      statistic: what it measures and remembers.
+      start: the second moment before the first batch, for features of these sizes.
+      measure: gives the statistic of a batch.
+      apply: gives the output, in training with the batch's statistic, else with the running one.
+      correct: what gives the output in training instead, made of the running statistics.
+      counts_steps: whether that depends on the number of updates before.
+    """
+
+    statistic: type[M]
+    start: Callable[[Shape, DTypeLike], Array]
+    measure: Measure[M]
+    apply: Apply[M]
+    correct: Callable[[Stats], Apply[M]] | None = None
+    counts_steps: bool = False
+
+    def running(self, stats: Stats) -> M:
+        """The statistic that a layer remembers."""
+        return self.statistic.make(stats["mean"], stats[self.statistic.second_name()])
+
+
+def _unit_variance(sizes: Shape, dtype: DTypeLike) -> Array:
+    return jnp.ones(sizes, real_dtype(dtype))
+
+
+BATCH_NORM = Recipe(Moments, _unit_variance, moments, normalize)
+
+
+def batch_renorm(r_max: Limit, d_max: Limit) -> Recipe[Moments]:
+    """Batch norm whose output in training is corrected within these limits."""
+
+    def correct(stats: Stats) -> Apply[Moments]:
+        def now(limit: Limit) -> ArrayLike:
+            return limit(stats["steps"]) if callable(limit) else limit
+
+        running = BATCH_NORM.running(stats)
+        return functools.partial(renormalize, running=running, r_max=now(r_max), d_max=now(d_max))
+
+    counts_steps = callable(r_max) or callable(d_max)
+    return dataclasses.replace(BATCH_NORM, correct=correct, counts_steps=counts_steps)
+
+
+def decorrelated(group_size: int | None, method: Method, iterations: int) -> Recipe[CovMoments]:
+    """Whitening by covariances in groups of features."""
+
+    def unit_covariance(sizes: Shape, dtype: DTypeLike) -> Array:
+        size = check_group_size(group_size, math.prod(sizes))
+        return jnp.tile(jnp.eye(size, dtype=dtype), (math.prod(sizes) // size, 1, 1))
+
+    return Recipe(
+        CovMoments,
+        unit_covariance,
+        functools.partial(cov_moments, group_size=group_size),
+        functools.partial(whiten, method=method, iterations=iterations),
+    )

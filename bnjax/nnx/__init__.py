@@ -1,0 +1,14 @@
+"""The Flax NNX layers: flax's constructors, variables and behaviour over bnjax's functions."""
+
+from bnjax.nnx._base import BatchMoments
+from bnjax.nnx._batch_norm import BatchNorm, BatchRenorm
+from bnjax.nnx._fold import fold
+
+__all__ = ["BatchMoments", "BatchNorm", "BatchRenorm", "fold"]
+
+for _public in BatchMoments, BatchNorm, BatchRenorm, fold:
+    _public.__module__ = __name__  # where pickles look for it
+
+
+def __dir__() -> list[str]:
+    return __all__
