@@ -123,3 +123,29 @@ def gradient(x, dy, scale=1.0, *, feature_axis=-1, where=None, epsilon=1e-5):
     through = g.sum(reduced, keepdims=True) + x_hat * (g * x_hat).sum(reduced, keepdims=True)
     dx = r * (g - w / np.where(n == 0, 1, n) * through)
     return Gradient(dx, (dy * x_hat).sum(reduced), dy.sum(reduced))
+
+
+def whiten(x, dy, size, *, where=None, epsilon=1e-5):
+    """Columns in groups whitened by the inverse Cholesky factor, and the gradient of sum(dy * y).
+
+    With p = w / n, d = x - mean, A = sum(p d d') + epsilon = L L' and W = L^-1: y = W d. Back
+    through W (Murray, 2016), with V = -W' (sum dy d') W' and tril halving the diagonal:
+
+      dd = W' dy + 2 p S d,  S = sym(W' tril(L' V) W),  dx = dd - p sum(dd)
+    """
+    x, w, _ = weigh(x, where)
+    p = (w / w.sum(0))[:, :1].astype(np.float64)
+    d, dy = center(x, w, (0,)).astype(np.float64), np.asarray(dy, np.float64)
+    y, dx = np.empty_like(d), np.empty_like(d)
+    for start in range(0, d.shape[1], size):
+        group = slice(start, start + size)
+        of, g = d[:, group], dy[:, group]
+        lower = np.linalg.cholesky((p * of).T @ of + epsilon * np.eye(size))
+        inverse = np.linalg.inv(lower)
+        y[:, group] = of @ inverse.T
+        through = lower.T @ np.tril(-inverse.T @ (g.T @ of) @ inverse.T)
+        through = np.tril(through) - np.diag(np.diag(through)) / 2
+        through = inverse.T @ through @ inverse
+        back = g @ inverse + p * (of @ (through + through.T))
+        dx[:, group] = back - p * back.sum(0)
+    return y, dx
