@@ -2,14 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LOWEST := jax==0.8.0 jaxlib==0.8.0 flax==0.12.0
+PYTEST := $(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo test lint bench notebooks docs browser test-lowest test-newest clean
+.PHONY: demo quick test lint bench notebooks docs browser test-lowest test-newest clean
 
 demo: .venv/demo.done  ## train on handwritten digits, with and without batch normalization
 	$(BIN)/python notebooks/train_digits.py
 
-test: .venv/dev.done  ## the tests, and the examples in docstrings and README
-	$(BIN)/pytest --numprocesses=auto --maxprocesses=4
+quick: lint  ## style, types, and one test of each kind, in a minute: before every commit
+	$(PYTEST) @tests/quick.txt
+
+test: .venv/dev.done  ## all tests, and the examples in docstrings, README and guide: before a change is sent
+	$(PYTEST)
 
 lint: .venv/dev.done  ## style and types
 	$(BIN)/ruff check .
@@ -28,7 +32,7 @@ browser: docs .venv/browser.done  ## the site in a headless Chromium, which must
 bench: .venv/bench.done  ## time and memory, side by side with the other libraries
 	$(BIN)/python tests/bench/run.py $(ARGS)
 
-test-lowest:  ## the wheel, outside the checkout, on the oldest JAX and Flax that are supported
+test-lowest:  ## the wheel, outside the checkout, on the oldest JAX and Flax: what depends on them
 	.ci/test_wheel $(PYTHON) $(LOWEST)
 
 test-newest:  ## the same on the newest that $(PYTHON) gets
