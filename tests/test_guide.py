@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bnjax
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "notebooks" / "guide").glob("*.md"))]
@@ -99,3 +101,15 @@ def test_the_package_index_gets_no_link_or_picture_that_leads_nowhere():
         text = re.sub(rule["pattern"], rule["replacement"], text)
     assert "where in a network it belongs" in text
     assert re.findall(r"\]\((?!https?:).*|<!--.*", text) == []
+
+
+def test_the_reference_has_every_public_name():
+    documented, module = [], None
+    for page in (ROOT / "notebooks" / "reference").glob("*.rst"):
+        for directive, name in re.findall(r"^\.\. (\w+):: (\S+)", page.read_text(), re.MULTILINE):
+            if directive == "currentmodule":
+                module = name
+            elif directive.startswith("auto"):
+                documented.append(name if name.startswith("bnjax.") else f"{module}.{name}")
+    public = [f"{m.__name__}.{n}" for m in (bnjax, bnjax.linen, bnjax.nnx) for n in m.__all__]
+    assert sorted(documented) == sorted(set(public) - {"bnjax.linen", "bnjax.nnx"})
