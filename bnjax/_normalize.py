@@ -81,10 +81,11 @@ def normalize(
     epsilon: ArrayLike = 1e-5,
     dtype: DTypeLike | None = None,
 ) -> Array:
-    """Applies moments: y = (x - mean) / sqrt(var + epsilon) * scale + bias.
+    """Applies moments, in training the batch's and in inference those that were remembered.
 
-    The same for training, with the batch's moments, and for inference, with remembered ones:
-    `normalize(x, Moments(**batch_stats), scale, bias)`. It is computed as
+      y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    In inference `normalize(x, Moments(**batch_stats), scale, bias)`. It is computed as
 
       d = x - c,  k = scale / sqrt(var + epsilon),  y = d k + (bias - m1 k)
 

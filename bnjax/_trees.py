@@ -56,6 +56,8 @@ def update_stats(
 def merge_stacked(tree: Tree) -> Tree:
     """Merges what is stacked along the first axis: microbatches, replicas, ghost batches.
 
+      n = sum(n_i),  mean = sum(n_i mean_i) / n,  var = sum(n_i (var_i + |mean_i - mean|^2)) / n
+
     The variance between the parts belongs to the whole's, so this is no average: replicas that
     kept running statistics of their own become one batch norm over the data of all.
 

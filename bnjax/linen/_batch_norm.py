@@ -10,13 +10,16 @@ from bnjax.linen._base import Base
 class BatchNorm(Base[Moments]):
     """Batch normalization (Ioffe and Szegedy, 2015), a drop-in for `flax.linen.BatchNorm`.
 
-    In training y = (x - mean) / sqrt(var + epsilon) * scale + bias with the batch's mean and
-    (biased) variance over all axes but `axis`, and the running statistics move towards them:
-    running = momentum * running + (1 - momentum) * batch. In evaluation the running statistics
-    take their place. Fields, variables and calls are flax's, so its checkpoints load and the
-    reverse. What differs: it is accurate at every mean/std, masks may hide NaN, float masks
-    are sample weights, statistics across replicas are weighted by their counts, and between
-    forward and backward only `x` is kept.
+    In training with the batch's mean and (biased) variance over all axes but `axis`, towards
+    which the running statistics move; in evaluation with the running statistics:
+
+      y = (x - mean) / sqrt(var + epsilon) * scale + bias
+      running = momentum * running + (1 - momentum) * batch
+
+    Fields, variables and calls are flax's, so its checkpoints load and the reverse. What
+    differs: it is accurate at every mean/std, masks may hide NaN, float masks are sample
+    weights, statistics across replicas are weighted by their counts, and between separately
+    compiled forward and backward passes only `x` is kept.
 
     Variables: `params/{scale,bias}` and `batch_stats/{mean,var}`, each `[*features]`. The
     statistics start in the promotion of the input's dtype and float32, and keep their dtype.

@@ -21,7 +21,7 @@ class DecorrelatedBatchNorm(Base[CovMoments], Groups):
     the running mean and covariance take the place of the batch's; emission of moments,
     `update_stats`, `recalibrate` and `merge_stacked` treat them as a mean and a variance.
 
-    Don't use it by default: see the README for what it costs. Groups should be much smaller than
+    Don't use it by default: the guide has what it costs. Groups should be much smaller than
     the batch, whose covariance is singular otherwise.
 
     Variables: `params/{scale,bias}`, each `[*features]`, and `batch_stats/{mean,cov}`,
