@@ -4,7 +4,7 @@ BIN := .venv/bin
 LOWEST := jax==0.8.0 jaxlib==0.8.0 flax==0.12.0
 PYTEST := $(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo quick test lint bench notebooks docs browser test-lowest test-newest clean
+.PHONY: demo quick test lint bench compiled notebooks docs browser test-lowest test-newest clean
 
 demo: .venv/demo.done  ## train on handwritten digits, with and without batch normalization
 	$(BIN)/python notebooks/train_digits.py
@@ -31,6 +31,9 @@ browser: docs .venv/browser.done  ## the site in a headless Chromium, which must
 
 bench: .venv/bench.done  ## time and memory, side by side with the other libraries
 	$(BIN)/python tests/bench/run.py $(ARGS)
+
+compiled: .venv/demo.done  ## what the compilers for a CPU, a TPU and an H100 make of it; no device is needed
+	$(BIN)/python tests/bench/compiled.py $(ARGS)
 
 test-lowest:  ## the wheel, outside the checkout, on the oldest JAX and Flax: what depends on them
 	.ci/test_wheel $(PYTHON) $(LOWEST)

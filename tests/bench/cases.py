@@ -36,6 +36,17 @@ DTYPES = ("float32", "bfloat16")
 # Examples in a batch, on a CPU and on an accelerator.
 BATCHES = {"resnet50": (8, 64), "small_resnet": (64, 512), "mlp": (512, 4096)}
 
+# What is compiled for accelerators that are not there: inputs as large as one of them takes, and
+# networks with the size from which on their arrays are feature maps.
+COMPILED_SHAPES = (
+    (256, 56, 56, 256),
+    (256, 14, 14, 1024),
+    (32, 7, 7, 2048),
+    (4096, 1024),
+    (256, 4096),
+)
+COMPILED_STEPS = {"small_resnet": (128, 2**18), "resnet50": (128, 2**20)}
+
 
 def all_cases(on_cpu: bool) -> list[Case]:
     layers = [
@@ -61,6 +72,18 @@ def quick_cases(on_cpu: bool) -> list[Case]:
         return case["shape"] in (SHAPES[3], SHAPES[-1]) and not case["relu"]
 
     return [case for case in all_cases(on_cpu) if is_quick(case)]
+
+
+def compiled_cases() -> list[Case]:
+    layers = [
+        {"kind": "layer", "mode": "forward_backward", "dtype": dtype, "relu": False, "shape": shape}
+        for dtype, shape in itertools.product(DTYPES, COMPILED_SHAPES)
+    ]
+    steps = [
+        {"kind": "step", "model": model, "dtype": dtype, "batch": batch, "elements": elements}
+        for (model, (batch, elements)), dtype in itertools.product(COMPILED_STEPS.items(), DTYPES)
+    ]
+    return layers + steps
 
 
 def name(case: Case) -> str:

@@ -59,16 +59,10 @@ def nnx(module: Any) -> Layer:
     return Layer(params, state, train, infer, module)
 
 
-def _bnjax(x: jax.Array) -> Layer:
+def _bnjax(x: jax.Array, **fields: Any) -> Layer:
     import bnjax.linen
 
-    return linen(bnjax.linen.BatchNorm(dtype=x.dtype), x)
-
-
-def _bnjax_running(x: jax.Array) -> Layer:
-    import bnjax.linen
-
-    return linen(bnjax.linen.BatchNorm(dtype=x.dtype, pivot="running"), x)
+    return linen(bnjax.linen.BatchNorm(dtype=x.dtype, **fields), x)
 
 
 def _bnjax_nnx(x: jax.Array) -> Layer:
@@ -152,7 +146,8 @@ def _keras(x: jax.Array) -> Layer:
 
 LAYERS: dict[str, Callable[[jax.Array], Layer]] = {
     "bnjax": _bnjax,
-    "bnjax-running": _bnjax_running,
+    "bnjax-batch": functools.partial(_bnjax, pivot="batch"),
+    "bnjax-running": functools.partial(_bnjax, pivot="running"),
     "bnjax-policy": _bnjax,
     "bnjax-nnx": _bnjax_nnx,
     "flax": _flax,

@@ -6,9 +6,6 @@ bnjax's in the same round; what is printed is the median over the rounds, with t
 """
 
 import argparse
-import contextlib
-import json
-import os
 import platform
 import statistics
 import subprocess
@@ -21,47 +18,12 @@ import cases
 import picture
 import report
 from cases import Case
+from process import Worker, library_worker
 from tqdm import tqdm
 from work import cores
 
-HERE = Path(__file__).parent
 TURN_SECONDS = 0.05  # a turn repeats its work until about this time
 PAUSE_SECONDS = 0.01  # before a turn: threads of the turn before spin a little, then sleep
-
-
-class Worker:
-    """A library's process, asleep unless it is asked."""
-
-    def __init__(self, library: str, folder: Path) -> None:
-        self.library = library
-        self.log = folder / f"{library}.log"
-        environment = os.environ | {
-            "KERAS_BACKEND": "jax",
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the libraries share an accelerator
-        }
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(HERE / "worker.py"), library],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=environment,
-                text=True,
-            )
-        self.introduction: dict[str, Any] = {}
-
-    def answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        return json.loads(line) if line else {"error": f"the process ended, see {self.log}"}
-
-    def ask(self, **job: Any) -> dict[str, Any]:
-        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
-            print(json.dumps(job), file=self.process.stdin, flush=True)
-        return self.answer()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 def main() -> None:
@@ -130,7 +92,7 @@ def choose(options: argparse.Namespace, on_cpu: bool) -> list[Case]:
 
 def start(libraries: list[str], folder: Path) -> dict[str, Worker]:
     """A worker for each library that is installed."""
-    workers = {library: Worker(library, folder) for library in libraries}
+    workers = {library: library_worker(library, folder) for library in libraries}
     for library, worker in list(workers.items()):
         worker.introduction = worker.answer()
         if "versions" not in worker.introduction:

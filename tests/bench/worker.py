@@ -20,6 +20,7 @@ from work import Case, Work, seconds_per_call
 # What to import and to name the version of.
 PACKAGES = {
     "bnjax": ("bnjax", "flax", "jax", "jaxlib"),
+    "bnjax-batch": ("bnjax", "flax", "jax", "jaxlib"),
     "bnjax-running": ("bnjax", "flax", "jax", "jaxlib"),
     "bnjax-policy": ("bnjax", "flax", "jax", "jaxlib"),
     "bnjax-nnx": ("bnjax", "flax", "jax", "jaxlib"),
