@@ -33,21 +33,21 @@ def variables_of(*features, dtype="float32"):
     }
 
 
-def linen(variables, **fields):
+def linen(variables, kind="BatchNorm", **fields):
     """The layer with these variables, to be called; and what statistics it has by then."""
-    layer = bnjax.linen.BatchNorm(**fields).bind(variables, mutable=["batch_stats"])
+    layer = getattr(bnjax.linen, kind)(**fields).bind(variables, mutable=["batch_stats"])
     return layer, lambda: dict(layer.variables["batch_stats"])
 
 
-def of_nnx(variables, **fields):
+def of_nnx(variables, kind="BatchNorm", **fields):
     features = variables["batch_stats"]["mean"].shape
-    layer = bnjax.nnx.BatchNorm(features, **fields, rngs=nnx.Rngs(0))
+    layer = getattr(bnjax.nnx, kind)(features, **fields, rngs=nnx.Rngs(0))
     for name, value in variables["batch_stats"].items():
         setattr(layer, name, nnx.BatchStat(value))
     for name, value in variables["params"].items():
         if getattr(layer, name) is not None:
             setattr(layer, name, nnx.Param(value))
-    return layer, lambda: {"mean": layer.mean[...], "var": layer.var[...]}
+    return layer, lambda: {name: getattr(layer, name)[...] for name in variables["batch_stats"]}
 
 
 both_layers = pytest.mark.parametrize("make", [linen, of_nnx])
@@ -104,6 +104,53 @@ def test_equal_variables_give_equal_bits(row):
     }[mask]
     kept = x_dtype if x_dtype == "complex64" else "float32"
     variables = variables_of(*features, dtype=kept)
+    results = [
+        run(make, variables, x.astype(x_dtype), dy, mask, **fields) for make in (linen, of_nnx)
+    ]
+    assert_same_bits(*results)
+    chex.assert_tree_all_finite(results)
+
+
+@pytest.mark.parametrize(
+    "row",
+    covering(
+        x_dtype=["float32", "bfloat16", "complex64"],
+        mask=[None, "mask", "weights"],
+        evaluates=[False, True],
+        compiled=[True, False],
+        axis=[-1, 1, (0, 2)],
+        group_size=[None, 2],
+        method=["cholesky", "newton_schulz"],
+        axis_name=[None, "i"],
+        ghost_batch_size=[None, 3],
+        debias=[False, True],
+    ),
+)
+def test_equal_variables_give_equal_bits_also_decorrelated(row):
+    fields = dict(row, kind="DecorrelatedBatchNorm")
+    x_dtype, mask = fields.pop("x_dtype"), fields.pop("mask")
+    if fields["axis"] == (0, 2):
+        fields["ghost_batch_size"] = None  # the first axis holds features
+    x, dy = well_scaled(1, (2, 6, 8, 4)), well_scaled(2, (2, 6, 8, 4))
+    if x_dtype == "complex64":
+        x = jax.lax.complex(x, well_scaled(3, x.shape))
+    features = {-1: (4,), 1: (8,), (0, 2): (6, 4)}[fields["axis"]]
+    examples = tuple(
+        1 if i in np.atleast_1d(fields["axis"]) % 3 else n for i, n in enumerate((6, 8, 4))
+    )
+    mask = {
+        None: None,
+        "mask": jax.random.bernoulli(jax.random.key(4), 0.7, (2, *examples)),
+        "weights": jax.random.uniform(jax.random.key(4), (2, *examples)),
+    }[mask]
+    variables = variables_of(*features, dtype="complex64" if x_dtype == "complex64" else "float32")
+    stats, count = variables["batch_stats"], int(np.prod(features))
+    del stats["var"]
+    size = fields["group_size"] or count
+    stats["cov"] = 1 + jnp.tile(2 * jnp.eye(size, dtype=stats["mean"].dtype), (count // size, 1, 1))
+    stats["steps"] = jnp.asarray(3)
+    if not fields["debias"]:
+        del stats["steps"]
     results = [
         run(make, variables, x.astype(x_dtype), dy, mask, **fields) for make in (linen, of_nnx)
     ]

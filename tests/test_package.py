@@ -89,6 +89,23 @@ def test_the_public_names():
     assert all(hasattr(bnjax, name) for name in bnjax.__all__)
 
 
+LAYERS = {
+    "linen": {"BatchNorm", "BatchRenorm", "DecorrelatedBatchNorm", "apply_folded", "fold"},
+    "nnx": {"BatchMoments", "BatchNorm", "BatchRenorm", "DecorrelatedBatchNorm", "fold"},
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_public_names_of_the_layers(name):
+    """And pickles, which say where a class lives, survive moves between files."""
+    module = getattr(bnjax, name)
+    assert set(module.__all__) == LAYERS[name]
+    assert dir(module) == sorted(module.__all__)
+    for public in LAYERS[name]:
+        assert getattr(module, public).__module__ == f"bnjax.{name}"
+        assert pickle.loads(pickle.dumps(getattr(module, public))) is getattr(module, public)
+
+
 @pytest.mark.parametrize("kind", [bnjax.Moments, bnjax.CovMoments])
 def test_a_statistic_is_pickled_under_its_public_name(kind):
     m = kind(1.0, 2.0)

@@ -2,11 +2,12 @@
 
 from bnjax.nnx._base import BatchMoments
 from bnjax.nnx._batch_norm import BatchNorm, BatchRenorm
+from bnjax.nnx._decorrelated import DecorrelatedBatchNorm
 from bnjax.nnx._fold import fold
 
-__all__ = ["BatchMoments", "BatchNorm", "BatchRenorm", "fold"]
+__all__ = ["BatchMoments", "BatchNorm", "BatchRenorm", "DecorrelatedBatchNorm", "fold"]
 
-for _public in BatchMoments, BatchNorm, BatchRenorm, fold:
+for _public in BatchMoments, BatchNorm, BatchRenorm, DecorrelatedBatchNorm, fold:
     _public.__module__ = __name__  # where pickles look for it
 
 

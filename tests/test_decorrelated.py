@@ -1,13 +1,20 @@
-"""The layer `DecorrelatedBatchNorm`: its variables, running statistics and trees of them."""
+"""`DecorrelatedBatchNorm` of linen and NNX: variables, running statistics and trees of them."""
+
+import dataclasses
+import pickle
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from checks import assert_refused, assert_same_bits
+from flax import nnx
 from whitening import assert_covariances, correlated, covariance, transform, whitened
 
 import bnjax
+import bnjax.nnx
 from bnjax.linen import BatchNorm, DecorrelatedBatchNorm
 
 
@@ -125,6 +132,42 @@ def test_the_state_keeps_its_dtypes_through_a_scan():
         np.testing.assert_allclose(after["cov"], cov, rtol=1e-3, atol=1e-4)
 
 
+def test_ghost_batches_are_whitened_by_themselves_and_remembered_together():
+    layer = DecorrelatedBatchNorm(False, group_size=2, momentum=0.0, ghost_batch_size=20)
+    x = batches(1)[0]
+    y, after = train(layer, layer.init(jax.random.key(0), x), x)
+    parts = [whitened(part, 2, "cholesky") for part in (x[:20], x[20:])]
+    np.testing.assert_allclose(y, np.concatenate(parts), atol=1e-4)
+    np.testing.assert_allclose(after["batch_stats"]["cov"], covariance(x, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_about_a_running_mean_that_is_near():
+    layer = DecorrelatedBatchNorm(False, group_size=2, momentum=0.0, pivot="running")
+    x = batches(1)[0] + 1000
+    variables = layer.init(jax.random.key(0), x)
+    variables["batch_stats"]["mean"] = jnp.full(4, 1000.0)
+    y, after = train(layer, variables, x)
+    np.testing.assert_allclose(y, whitened(x, 2, "cholesky"), atol=1e-3)
+    np.testing.assert_allclose(after["batch_stats"]["cov"], covariance(x, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_its_fields_follow_the_axis_and_what_came_later_is_keyword_only():
+    fields = {f.name: f.kw_only for f in dataclasses.fields(DecorrelatedBatchNorm)}
+    plain = {f.name for f in dataclasses.fields(BatchNorm)}
+    assert list(fields)[:5] == ["use_running_average", "axis", "group_size", "method", "iterations"]
+    positional = [name for name, kw_only in fields.items() if not kw_only]
+    assert positional[5:-2] == [
+        "momentum", "epsilon", "dtype", "param_dtype", "use_bias", "use_scale", "bias_init",
+        "scale_init", "axis_name", "axis_index_groups", "debias", "ddof",
+    ]  # fmt: skip
+    assert set(fields) == plain | {"group_size", "method", "iterations"}
+
+    class Own(DecorrelatedBatchNorm):
+        more: int = 0
+
+    assert Own(False, -1, 2, *[None] * 14, 7).more == 7
+
+
 def test_a_batch_of_one_is_warned_of():
     layer = DecorrelatedBatchNorm(False)
     variables = layer.init(jax.random.key(0), jnp.ones((1, 4)))
@@ -211,3 +254,98 @@ def test_drift_looks_at_the_variances():
     expected = bnjax.drift(plain, emitted)["DecorrelatedBatchNorm_0"]
     for a, b in zip(drifts["DecorrelatedBatchNorm_0"], expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+# In NNX. That it computes the same bits is among the tests of all layers.
+
+
+def of_nnx(**fields):
+    layer = bnjax.nnx.DecorrelatedBatchNorm(4, group_size=2, rngs=nnx.Rngs(0), **fields)
+    dtype = layer.scale.dtype
+    layer.scale[...], layer.bias[...] = jnp.arange(1, 5, dtype=dtype), jnp.arange(4, dtype=dtype)
+    return layer
+
+
+def test_variables_of_nnx():
+    state = nnx.state(of_nnx(debias=True, param_dtype=jnp.bfloat16))
+    assert jax.tree.map(lambda p: (p.shape, p.dtype.name), nnx.to_pure_dict(state)) == {
+        "scale": ((4,), "bfloat16"),
+        "bias": ((4,), "bfloat16"),
+        "mean": ((4,), "float32"),
+        "cov": ((2, 2, 2), "float32"),
+        "steps": ((), "int32"),
+    }
+    kinds = {name: type(variable) for name, variable in state.items()}
+    assert kinds == {"scale": nnx.Param, "bias": nnx.Param} | dict.fromkeys(
+        ["mean", "cov", "steps"], nnx.BatchStat
+    )
+    np.testing.assert_array_equal(state["cov"][...], np.tile(np.eye(2), (2, 1, 1)))
+
+
+def test_nnx_trains_as_linen():
+    ours = DecorrelatedBatchNorm(group_size=2, momentum=0.6, ddof=1)
+    layer = of_nnx(momentum=0.6, ddof=1)
+    params = {"scale": layer.scale[...], "bias": layer.bias[...]}
+    data = batches()
+    variables = ours.init(jax.random.key(0), data[0], use_running_average=False)
+    variables |= {"params": params}
+    for x in data:
+        y, variables = train(ours, variables, x, use_running_average=False)
+        assert_same_bits(layer(x), y)
+    stats = {"mean": layer.mean[...], "cov": layer.cov[...]}
+    assert_same_bits(stats, dict(variables["batch_stats"]))
+    layer.eval()
+    assert_same_bits(layer(x), ours.apply(variables, x, use_running_average=True))
+
+
+def test_emitted_moments_update_what_training_updates_in_nnx():
+    a, b = batches(2)
+    trained, emitting = of_nnx(momentum=0.75), of_nnx(momentum=0.75, emit="only")
+    trained(a)
+    emitting(a)
+    stats = nnx.state(emitting, nnx.BatchStat)
+    m = nnx.pop(emitting, bnjax.nnx.BatchMoments)
+    updated = bnjax.update_stats(stats, m, momentum=0.75)
+    assert_same_bits(nnx.to_pure_dict(updated), nnx.to_pure_dict(nnx.state(trained, nnx.BatchStat)))
+    emitting(a)
+    emitting(b)  # merges
+    (m,) = jax.tree.leaves(
+        nnx.pop(emitting, bnjax.nnx.BatchMoments)["moments"],
+        is_leaf=lambda node: isinstance(node, bnjax.CovMoments),
+    )
+    assert_covariances(m, np.concatenate([a, b]), 2)
+
+
+def test_recalibration_of_an_nnx_model():
+    layer, x = of_nnx(emit="only"), np.concatenate(batches(3))
+
+    def measure(x):
+        layer(x)
+        return nnx.pop(layer, bnjax.nnx.BatchMoments)
+
+    stats = bnjax.recalibrate(measure, nnx.state(layer, nnx.BatchStat), np.split(x, [50, 100]))
+    nnx.update(layer, stats)
+    np.testing.assert_allclose(layer.mean[...], x.mean(0), atol=1e-5)
+    np.testing.assert_allclose(layer.cov[...], covariance(x, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_pickles_and_checkpoints_of_nnx(tmp_path):
+    layer, x = of_nnx(debias=True), batches(1)[0]
+    layer(x)
+    pickled = pickle.loads(pickle.dumps(layer))
+    restored = of_nnx(debias=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "step", nnx.state(layer))
+        checkpointer.wait_until_finished()
+        nnx.update(restored, checkpointer.restore(tmp_path / "step", nnx.state(restored)))
+    y = layer(x, use_running_average=True)
+    for copy in (pickled, restored):
+        assert_same_bits(nnx.to_pure_dict(nnx.state(copy)), nnx.to_pure_dict(nnx.state(layer)))
+        assert_same_bits(copy(x, use_running_average=True), y)
+
+
+def test_a_group_size_that_does_not_fit_in_nnx():
+    assert_refused(
+        lambda: bnjax.nnx.DecorrelatedBatchNorm(4, group_size=3, rngs=nnx.Rngs(0)),
+        "group_size is 3, but there are 4 features. Choose a divisor of 4.",
+    )
