@@ -282,7 +282,7 @@ def test_y_is_unchanged_under_scale_and_shift_of_x(step, batch, a, c):
 def test_the_gradient_spends_nothing_on_shift_and_scale(step, batch):
     """Along the mean it is zero; along x_hat it is r epsilon / (var + epsilon) <dy scale, x_hat>.
 
-    The terms are as notebooks/guide/contributing.md has them, on the reference's x_hat, in longdouble.
+    The terms are those of notebooks/guide/contributing.md, on the reference's x_hat, in longdouble.
     """
     _, grads = run(step, batch)
     x_hat, r = reference.standardize(batch.x, **batch.settings)
