@@ -86,6 +86,17 @@ def compiled_cases() -> list[Case]:
     return layers + steps
 
 
+def card_cases(quick: bool, on_cpu: bool) -> list[Case]:
+    """What a card is timed with; a CPU gets less of it, to try whether all works."""
+    layers = [case for case in compiled_cases() if case["kind"] == "layer"]
+    if on_cpu:
+        layers = [case | {"shape": (8, *case["shape"][1:])} for case in layers]
+    if quick:
+        layers = [case for case in layers if case["dtype"] == "bfloat16"][::2]
+    step = {"kind": "step", "model": "resnet50", "dtype": "bfloat16", "batch": 2 if on_cpu else 128}
+    return [*layers, step]
+
+
 def name(case: Case) -> str:
     """For people, and for `--cases`."""
     if case["kind"] == "step":

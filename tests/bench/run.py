@@ -7,7 +7,6 @@ bnjax's in the same round; what is printed is the median over the rounds, with t
 
 import argparse
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -17,20 +16,18 @@ from typing import Any
 import cases
 import picture
 import report
+import turns
 from cases import Case
-from process import Worker, library_worker
+from process import Worker
 from tqdm import tqdm
 from work import cores
-
-TURN_SECONDS = 0.05  # a turn repeats its work until about this time
-PAUSE_SECONDS = 0.01  # before a turn: threads of the turn before spin a little, then sleep
 
 
 def main() -> None:
     options = read_options()
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    workers = start(options.libraries, options.out)
+    workers = turns.start(options.libraries, options.out)
     results = describe(workers) | {"cases": []}
     todo = choose(options, on_cpu=workers["bnjax"].introduction["device"] == "cpu")
     progress = tqdm(todo)
@@ -39,7 +36,10 @@ def main() -> None:
             progress.set_description(cases.name(case))
             left = options.budget - (time.monotonic() - started)
             share = left / (len(todo) - i)
-            results["cases"].append(measure(case, workers, options, share))
+            part = {n: w for n, w in workers.items() if cases.takes_part(n, case)}
+            compilations = 1 if options.quick or case["kind"] != "step" else 3
+            measured = turns.measure(case, part, options.rounds, share, compilations)
+            results["cases"].append(measured)
             report.save(results, options.out)
     except KeyboardInterrupt:
         print("\nInterrupted. This is what there is:", file=sys.stderr)
@@ -88,59 +88,6 @@ def choose(options: argparse.Namespace, on_cpu: bool) -> list[Case]:
         names = "\n  ".join(map(cases.name, every))
         sys.exit(f"No case has all of {', '.join(options.cases)} in its name:\n  {names}")
     return todo
-
-
-def start(libraries: list[str], folder: Path) -> dict[str, Worker]:
-    """A worker for each library that is installed."""
-    workers = {library: library_worker(library, folder) for library in libraries}
-    for library, worker in list(workers.items()):
-        worker.introduction = worker.answer()
-        if "versions" not in worker.introduction:
-            why = worker.introduction.get("missing") or worker.introduction["error"]
-            print(f"{library} is left out: {why}", file=sys.stderr)
-            workers.pop(library).close()
-    if "bnjax" not in workers:
-        sys.exit("bnjax must be installed (pip install .) to be measured.")
-    return workers
-
-
-def measure(
-    case: Case, workers: dict[str, Worker], options: argparse.Namespace, seconds: float
-) -> dict[str, Any]:
-    """The figures and times of all libraries that take part in a case.
-
-    Stops early, though not before three rounds, when `seconds` are over.
-    """
-    end = time.monotonic() + seconds
-    part = {n: w for n, w in workers.items() if cases.takes_part(n, case)}
-    answers = prepare(case, part, 1 if options.quick or case["kind"] != "step" else 3)
-    times: dict[str, list[float]] = {n: [] for n in part if "error" not in answers[n]}
-    once = [part[n].ask(do="time", repeats=1).get("seconds", 0) for n in times]
-    repeats = max(round(TURN_SECONDS / max(statistics.median(once), 1e-6)), 1) if once else 1
-    for i in range(options.rounds):
-        if i >= 3 and time.monotonic() > end:
-            break
-        for library in list(times):
-            time.sleep(PAUSE_SECONDS)
-            answer = part[library].ask(do="time", repeats=repeats)
-            if "error" in answer:
-                answers[library] = answer
-                del times[library]
-            else:
-                times[library].append(answer["seconds"])
-    results = {n: answers[n] | {"seconds": times.get(n, [])} for n in part}
-    return {"name": cases.name(case), **case, "libraries": results}
-
-
-def prepare(case: Case, part: dict[str, Worker], rounds: int) -> dict[str, dict[str, Any]]:
-    """Compiles in turns, too, and adds the times that it took."""
-    took: dict[str, list[float]] = {n: [] for n in part}
-    for _ in range(rounds):
-        answers = {n: w.ask(do="prepare", case=case) for n, w in part.items()}
-        for library, answer in answers.items():
-            if "compile_seconds" in answer.get("figures", {}):
-                took[library].append(answer["figures"].pop("compile_seconds"))
-    return {n: answer | {"compile_seconds": took[n]} for n, answer in answers.items()}
 
 
 def describe(workers: dict[str, Worker]) -> dict[str, Any]:

@@ -31,10 +31,10 @@ def layer_work(case: Case) -> Work:
 
     figures = {"input_bytes": x.nbytes}
     if case["mode"] != "forward_backward":
-        return Work(without_gradients, _wait, figures)
+        return Work(without_gradients, wait, figures)
     x.requires_grad_()
     figures["residual_bytes"] = _saved_bytes(forward)
-    return Work(forward_backward, _wait, figures)
+    return Work(forward_backward, wait, figures)
 
 
 def _input(case: Case, seed: int) -> torch.Tensor:
@@ -58,6 +58,6 @@ def _saved_bytes(forward: Any) -> int:
     return sum(kept.values())
 
 
-def _wait(_: Any) -> None:
+def wait(_: Any) -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()

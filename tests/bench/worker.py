@@ -88,9 +88,11 @@ def device(library: str) -> str:
 def prepare(library: str, case: Case) -> Work:
     """The library's work of a case. What it needs is imported here, as others lack it."""
     if library == "torch":
-        from torch_layers import layer_work
-
-        return layer_work(case)
+        if case["kind"] == "step":
+            from torch_steps import step_work
+        else:
+            from torch_layers import layer_work as step_work
+        return step_work(case)
     if library == "limit":
         from limit import limit_work
 
