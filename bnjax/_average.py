@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax._arguments import check_ddof, check_features, check_momentum, is_static, promote
-from bnjax._rounding import real_dtype, two_sum
+from bnjax._rounding import real_dtype, total
 from bnjax._statistic import M, Statistic, cast
 
 Momentum = ArrayLike | Callable[[ArrayLike], ArrayLike] | None
@@ -146,16 +146,14 @@ def _step(kept: M, batch: M, share: ArrayLike, *, ddof: int) -> M:
     new_mean, new_rest = jnp.where(seen, new.mean, 0), jnp.where(seen, new.remainder, 0)
     share = jnp.asarray(share, real_dtype(dtype))
     of_mean = jnp.where(seen, share, 0)
-    gap, e1 = two_sum(new_mean, -old.mean)
-    mean, e2 = two_sum(old.mean, of_mean.astype(dtype) * gap)
-    rest = old.remainder + of_mean.astype(dtype) * (e1 + new_rest - old.remainder)
-    mean, remainder = two_sum(mean, e2 + rest)
+    gap = (new_mean - old.mean) + (new_rest - old.remainder)
+    mean, remainder = total(old.mean, old.remainder + of_mean.astype(dtype) * gap)
     of_second = jnp.where(new.count > ddof, share, 0).astype(old.second.dtype)
     new_second = jnp.where(seen, unbiased(new, ddof), 0)
     second = (1 - of_second) * old.second + of_second * new_second
     count = old.count + (new.count if old.count.ndim else jnp.max(new.count))
     if kept.remainder.shape != kept.mean.shape:
-        remainder = kept.remainder
+        mean, remainder = mean + remainder, kept.remainder
     return kept.make(
         mean.astype(kept.mean.dtype),
         second.astype(kept.second.dtype),

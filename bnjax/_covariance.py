@@ -20,7 +20,8 @@ from bnjax._arguments import (
     split_axes,
 )
 from bnjax._rounding import near, real_dtype
-from bnjax._statistic import AxisName, Groups, from_deviations, pmerge_about
+from bnjax._statistic import AxisName, Groups, from_sums
+from bnjax._sums import Program
 from bnjax._xla import blocked_product, saved
 
 
@@ -152,10 +153,9 @@ def cov_moments(
         pivot = jnp.asarray(pivot, promote(x.dtype))
         check_features("pivot", pivot.shape, sizes)
     size = check_group_size(group_size, math.prod(sizes))
-    m = _measure(x, weights, pivot, features, reduced, size)
-    if axis_name is None:
-        return m
-    return pmerge_about(m, axis_name, axis_index_groups, pivot)
+    groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
+    program = Program(reduced, axis_name=axis_name, groups=groups)
+    return _measure(program, x, weights, pivot, features, size)
 
 
 def check_group_size(group_size: int | None, features: int) -> int:
@@ -183,18 +183,18 @@ def ungrouped(d: Array, features: Shape, reduced: Shape, shape: Shape) -> Array:
     return jnp.transpose(d, sorted(range(len(shape)), key=(reduced + features).__getitem__))
 
 
-@functools.partial(jax.jit, static_argnames=("features", "reduced", "size"))
+@functools.partial(jax.jit, static_argnames=("program", "features", "size"))
 def _measure(
-    x: Array, w: Array | None, c: Array | None, features: Shape, reduced: Shape, size: int
+    program: Program, x: Array, w: Array | None, c: Array | None, features: Shape, size: int
 ) -> CovMoments:
-    dtype = promote(x.dtype)
-    count, n = _masks.count(x.shape, w, features, reduced, real_dtype(dtype))
+    reduced = program.reduced
+    count = _masks.count(x, w, features, reduced, real_dtype(promote(x.dtype)))
     if c is None:
-        c = _masks.mean(x.astype(dtype), w, n, reduced)
+        s, n = program.shared(_masks.total(x, w, reduced), count)
+        c = s / _masks.divisor(n).astype(s.dtype)
     c = saved(near(c))
-    s1, s2 = saved(_sums(x, c, w, features, reduced, size))
-    n = n.astype(dtype)
-    return from_deviations(CovMoments, c, s1 / n, s2 / n, count, n)
+    parts = *saved(_sums(x, c, w, features, reduced, size)), count
+    return from_sums(CovMoments, c, *program.shared(*parts))
 
 
 @functools.partial(jax.checkpoint, static_argnums=(3, 4, 5))

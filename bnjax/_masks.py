@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax._arguments import Shape
+from bnjax._arguments import Shape, promote
 
 
 def hide(d: Array, w: Array | None, fill: ArrayLike = 0) -> Array:
@@ -23,23 +23,23 @@ def weigh(d: Array, w: Array | None) -> Array:
     return jnp.where(w, d, 0) if w.dtype == bool else w.astype(d.dtype) * d
 
 
-def count(
-    shape: Shape, w: Array | None, features: Shape, reduced: Shape, dtype: DTypeLike
-) -> tuple[Array, Array]:
-    """The sum of the weights, as wide as the weights vary; and the same, safe to divide by."""
+def count(x: Array, w: Array | None, features: Shape, reduced: Shape, dtype: DTypeLike) -> Array:
+    """The sum of the weights, as wide as the weights vary: a scalar if all features have one."""
     if w is None:
-        n = jnp.asarray(math.prod(shape[i] for i in reduced), dtype)
-        return n, n
+        return jnp.asarray(math.prod(x.shape[i] for i in reduced), dtype)
     total = jnp.sum(w, reduced, dtype=dtype) * math.prod(
-        shape[i] for i in reduced if w.shape[i] == 1
+        x.shape[i] for i in reduced if w.shape[i] == 1
     )
     if total.size == 1:
-        total = total.reshape(())
-    else:
-        total = jnp.broadcast_to(total, tuple(shape[i] for i in features))
-    return total, jnp.where(total > 0, total, 1)
+        return total.reshape(())
+    return jnp.broadcast_to(total, tuple(x.shape[i] for i in features))
 
 
-def mean(x: Array, w: Array | None, n: Array, reduced: Shape) -> Array:
-    """sum(w x) / n, rounded like any sum: where a pivot is enough."""
-    return jnp.sum(weigh(hide(x, w), w), reduced) / n.astype(x.dtype)
+def total(x: Array, w: Array | None, reduced: Shape) -> Array:
+    """sum(w x), rounded like any sum: with the count, a pivot."""
+    return jnp.sum(weigh(hide(x.astype(promote(x.dtype)), w), w), reduced)
+
+
+def divisor(count: Array) -> Array:
+    """The count, but safe to divide by."""
+    return jnp.where(count > 0, count, 1)

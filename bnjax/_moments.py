@@ -20,8 +20,9 @@ from bnjax._arguments import (
     split_axes,
 )
 from bnjax._rounding import abs2, real_dtype
-from bnjax._statistic import AxisName, Groups, from_deviations, pmerge_about
-from bnjax._xla import once, saved, two_pivots
+from bnjax._statistic import AxisName, Groups, from_sums
+from bnjax._sums import Pivot, Program, sums
+from bnjax._xla import once, saved
 
 
 class Moments(NamedTuple):
@@ -138,35 +139,25 @@ def moments(
     if pivot is not None:
         pivot = jnp.asarray(pivot, promote(x.dtype))
         check_features("pivot", pivot.shape, tuple(x.shape[i] for i in features))
-    m = _measure(x, weights, pivot, features, reduced)
-    if axis_name is None:
-        return m
-    return pmerge_about(m, axis_name, axis_index_groups, pivot)
+    how: Pivot = "batch" if pivot is None else "running"
+    groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
+    return measure(Program(reduced, how, axis_name, groups), x, pivot, weights, features, 0.0)
 
 
-@functools.partial(jax.jit, static_argnames=("features", "reduced"))
-def _measure(
-    x: Array, w: Array | None, c: Array | None, features: Shape, reduced: Shape
+@functools.partial(jax.jit, static_argnames=("program", "features"))
+def measure(
+    program: Program,
+    x: Array,
+    pivot: Array | None,
+    w: Array | None,
+    features: Shape,
+    epsilon: ArrayLike,
 ) -> Moments:
+    """`moments` by a program of `sums`, where epsilon is added to the variance afterwards."""
     dtype = promote(x.dtype)
-    count, n = _masks.count(x.shape, w, features, reduced, real_dtype(dtype))
-    if c is None:
-        c = _masks.mean(x.astype(dtype), w, n, reduced)
-    c, of_mean = saved(two_pivots(c))
-    expand = functools.partial(lax.expand_dims, dimensions=reduced)
-    s1, s2 = saved(_sums(x, expand(c), expand(of_mean), w, reduced))
-    return from_deviations(Moments, c, s1 / n.astype(dtype) + (of_mean - c), s2 / n, count, n)
-
-
-@functools.partial(jax.checkpoint, static_argnums=4)
-def _sums(
-    x: Array, c: Array, of_mean: Array, w: Array | None, reduced: Shape
-) -> tuple[Array, Array]:
-    """sum(w (x - of_mean)) and sum(w |x - c|^2).
-
-    Recomputed in the backward pass: x alone is kept.
-    """
-    x = x.astype(c.dtype)
-    d = _masks.hide(x - c, w)
-    s1 = jnp.sum(_masks.weigh(_masks.hide(x - of_mean, w), w), reduced)
-    return once(s1), once(jnp.sum(jnp.real(_masks.weigh(d, w) * jnp.conj(d)), reduced))
+    real = real_dtype(dtype)
+    slack = lax.stop_gradient(jnp.asarray(epsilon, real)) + jnp.finfo(real).tiny
+    count = _masks.count(x, w, features, program.reduced, real)
+    c, s1, s2, count = saved(sums(program, x, lax.stop_gradient(pivot), w, count, slack))
+    s1, s2 = once(s2, s1, s2)
+    return from_sums(Moments, c, s1, s2, count)

@@ -21,9 +21,9 @@ from bnjax._arguments import (
     split_axes,
 )
 from bnjax._moments import Moments, moments
-from bnjax._rounding import real_dtype
+from bnjax._rounding import near, real_dtype
 from bnjax._statistic import AxisName, Groups
-from bnjax._xla import once
+from bnjax._xla import once, recomputed
 
 
 def affine(
@@ -127,7 +127,6 @@ def normalize(
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7))
-@functools.partial(jax.checkpoint, static_argnums=(6, 7))
 def _normalized(
     x: Array,
     m: Moments,
@@ -138,20 +137,25 @@ def _normalized(
     reduced: Shape,
     dtype: DTypeLike,
 ) -> Array:
-    """y. Recomputed in the backward pass, so that x alone is kept."""
     dtypes = [p.dtype for p in (x, scale, bias) if p is not None]
     mean = jnp.asarray(m.mean, promote(jnp.result_type(m.mean), *dtypes))
-    c = lax.stop_gradient(mean)
-
+    c = near(mean)
     ranked = functools.partial(expand, ndim=x.ndim, reduced=reduced)
     rest = jnp.broadcast_to(m.remainder, mean.shape)
     about_c = Moments(ranked(mean - c), ranked(m.var), remainder=ranked(rest))
     scale, bias = (None if p is None else ranked(p) for p in (scale, bias))
     mul, add = affine(about_c, scale, bias, epsilon=epsilon)
-    mul, add = (once(p) if p.shape != x.shape else p for p in (mul, add))
-    # A masked-out NaN is taken for the mean: its output is the bias, which asks nothing of x.
-    d = _masks.hide(x.astype(c.dtype) - ranked(c), w, about_c.mean + about_c.remainder)
-    return (d * mul + add).astype(dtype)
+    if mul.shape != x.shape and add.shape != x.shape:
+        mul, add = once(about_c.var, mul, add)
+    shift = None if w is None else about_c.mean + about_c.remainder
+    return (_scaled(x, ranked(c), mul, w, shift) + add).astype(dtype)
+
+
+@recomputed
+def _scaled(x: Array, c: Array, mul: Array, w: Array | None, shift: Array | None) -> Array:
+    """(x - c) mul. A masked-out NaN is taken for the mean: its output is the bias, which asks
+    nothing of x."""
+    return _masks.hide(x.astype(c.dtype) - c, w, 0 if shift is None else shift) * mul
 
 
 def batch_norm(

@@ -7,31 +7,39 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 
-def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """a + b, and what rounding lost of it (Knuth, 1969), a constant to autodiff.
+def rounded(v: Array) -> Array:
+    """v with one mantissa bit less: the same value in every fusion, and opaque to XLA.
 
-    The barriers keep XLA from simplifying the loss to zero.
+    XLA copies the quotient that made v into each fusion that uses it. In one of them a sum with
+    it becomes a fused multiply-add, which never rounds v; in another it is rounded, and the two
+    differ in the last bit. What has been through `lax.reduce_precision` cannot be fused so, and
+    (a + v) - a does not simplify to v.
     """
-    s = lax.optimization_barrier(a + b)
-    a, b, high = lax.stop_gradient((a, b, s))
-    moved = lax.optimization_barrier(high - a)
-    return s, (a - (high - moved)) + (b - moved)
-
-
-def near(c: Array, drop: int = 1) -> Array:
-    """A constant near c that has the same value wherever it is used.
-
-    XLA copies the division that made c into each fusion, where x - c may become one fused
-    multiply-add that never rounds c. With `drop` mantissa bits less there is nothing to fuse.
-    """
-    c = lax.stop_gradient(c)
-    kind = jnp.finfo(c.dtype)
-    rounded = functools.partial(
-        lax.reduce_precision, exponent_bits=kind.nexp, mantissa_bits=kind.nmant - drop
+    kind = jnp.finfo(v.dtype)
+    drop = functools.partial(
+        lax.reduce_precision, exponent_bits=kind.nexp, mantissa_bits=kind.nmant - 1
     )
-    if jnp.iscomplexobj(c):
-        return lax.complex(rounded(lax.real(c)), rounded(lax.imag(c)))
-    return rounded(c)
+    if jnp.iscomplexobj(v):
+        return lax.complex(drop(lax.real(v)), drop(lax.imag(v)))
+    return drop(v)
+
+
+def near(c: Array) -> Array:
+    """A constant near c that has the same value wherever it is used: a pivot."""
+    return rounded(lax.stop_gradient(c))
+
+
+def total(a: Array, b: Array) -> tuple[Array, Array]:
+    """a + b, and what rounding lost of it (Dekker, 1971), a constant to autodiff.
+
+    Both together are as exact as b is. Every mean that is a pivot and a quotient is formed here:
+    it is one value, in whatever program it stands. The loss is a - s + b, by way of a number
+    near s, as XLA would simplify that to zero.
+    """
+    s = a + rounded(b)
+    a, b, high = lax.stop_gradient((a, b, s))
+    by = rounded(high)
+    return s, ((a - by) - (high - by)) + b
 
 
 def abs2(z: Array) -> Array:

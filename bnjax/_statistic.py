@@ -8,7 +8,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax._arguments import promote
-from bnjax._rounding import near, real_dtype, two_sum
+from bnjax._masks import divisor
+from bnjax._rounding import near, real_dtype, total
 from bnjax._xla import saved
 
 AxisName = Hashable | tuple[Hashable, ...]
@@ -98,7 +99,7 @@ def merge(a: M, b: M) -> M:
     delta = jnp.where(has_a & has_b, (b.mean - a.mean) + (b.remainder - a.remainder), 0)
     base = jnp.where(has_a, a.mean, jnp.where(has_b, b.mean, 0))
     rest = jnp.where(has_a, a.remainder, jnp.where(has_b, b.remainder, 0))
-    mean, remainder = two_sum(base, rest + share_b.astype(dtype) * delta)
+    mean, remainder = total(base, rest + share_b.astype(dtype) * delta)
     share_a, share_b = (p.astype(a.second.dtype) for p in (share_a, share_b))
     within = share_a * jnp.where(has_a, a.second, 0) + share_b * jnp.where(has_b, b.second, 0)
     second = within + share_a * share_b * a.shift(delta, a.second)
@@ -128,25 +129,15 @@ def pmerge(m: M, axis_name: AxisName, *, axis_index_groups: Groups = None) -> M:
       >>> print(m.mean[0], m.mean[1], m.var[0], m.count[0])
       [5.] [5.] [14.] 4.0
     """
-    return pmerge_about(cast(m, promote(jnp.result_type(m.mean))), axis_name, axis_index_groups)
-
-
-def pmerge_about(m: M, axis_name: AxisName, groups: Groups = None, pivot: Array | None = None) -> M:
-    """`pmerge` about a pivot that all replicas know already: one all-reduce less."""
+    m = cast(m, promote(jnp.result_type(m.mean)))
     n = m.count.astype(m.mean.dtype)
-    if pivot is None:
-        s, total = _psum(lax.stop_gradient((n * m.mean, n)), axis_name, groups)
-        pivot = near(s / jnp.where(total != 0, total, 1))
+    s, n_all = psum(lax.stop_gradient((n * m.mean, n)), axis_name, axis_index_groups)
+    pivot = near(s / jnp.where(n_all != 0, n_all, 1))
     delta = (m.mean - pivot) + m.remainder
     second = m.second + m.shift(delta, m.second)
     parts = n * delta, m.count.astype(second.dtype) * second, m.count
-    s1, s2, count = _psum(parts, axis_name, groups)
-    count = jnp.real(count)
-    s2 = s2 if jnp.iscomplexobj(second) else jnp.real(s2)
-    n = jnp.where(count > 0, count, 1)
-    return from_deviations(
-        type(m), pivot, s1 / n.astype(s1.dtype), s2 / n.astype(s2.dtype), count, n
-    )
+    s1, s2, count = psum(parts, axis_name, axis_index_groups)
+    return from_sums(type(m), pivot, s1, s2, count)
 
 
 def merge_parts(m: M) -> M:
@@ -157,27 +148,21 @@ def merge_parts(m: M) -> M:
         return p.reshape(p.shape + (1,) * (like.ndim - p.ndim)).astype(like.dtype)
 
     n = ranked(m.count, m.mean)
-    s, total = (jnp.sum(p, 0, keepdims=True) for p in lax.stop_gradient((n * m.mean, n)))
-    pivot = near(s / jnp.where(total != 0, total, 1))
+    s, n_all = (jnp.sum(p, 0, keepdims=True) for p in lax.stop_gradient((n * m.mean, n)))
+    pivot = near(s / jnp.where(n_all != 0, n_all, 1))
     delta = (m.mean - pivot) + ranked(m.remainder, m.mean)
     second = m.second + m.shift(delta, m.second)
     s1, s2 = jnp.sum(n * delta, 0), jnp.sum(ranked(m.count, second) * second, 0)
-    count = jnp.sum(m.count, 0)
-    n = jnp.where(count > 0, count, 1)
+    return from_sums(type(m), pivot.squeeze(0), s1, s2, jnp.sum(m.count, 0))
+
+
+def from_sums(kind: type[M], c: Array, s1: Array, s2: Array, count: Array) -> M:
+    """Moments from a pivot c and the weighted sums of x - c and of its square."""
+    n = divisor(count)
     m1, m2 = s1 / n.astype(s1.dtype), s2 / n.astype(s2.dtype)
-    return from_deviations(type(m), pivot.squeeze(0), m1, m2, count, n)
-
-
-def from_deviations(kind: type[M], c: Array, m1: Array, m2: Array, count: Array, n: Array) -> M:
-    """Moments from a pivot c and the weighted means of x - c and of its square.
-
-    n is the count, but safe to divide by; the very count where that is never 0.
-    """
-    mean, remainder = two_sum(c, m1)
+    mean, remainder = total(c, m1)
     second = kind.central(m2, m1)
-    if n is not count:
-        second = jnp.where(count > 0, second, kind.unseen(second))
-    return kind.make(mean, second, count, remainder)
+    return kind.make(mean, jnp.where(count > 0, second, kind.unseen(second)), count, remainder)
 
 
 def cast(m: M, dtype: DTypeLike) -> M:
@@ -190,8 +175,8 @@ def cast(m: M, dtype: DTypeLike) -> M:
     )
 
 
-def _psum(parts: tuple[Array, ...], axis_name: AxisName, groups: Groups) -> list[Array]:
-    """One all-reduce for all the parts, in the dtype of the first."""
+def psum(parts: tuple[Array, ...], axis_name: AxisName, groups: Groups) -> tuple[Array, ...]:
+    """One all-reduce for all the parts, in the dtype of the first; each returns in its own."""
     flat = jnp.concatenate([p.astype(parts[0].dtype).reshape(-1) for p in parts])
     try:
         flat = saved(lax.psum(flat, axis_name, axis_index_groups=groups))
@@ -206,8 +191,9 @@ def _psum(parts: tuple[Array, ...], axis_name: AxisName, groups: Groups) -> list
             f"axis_index_groups is {groups}, and JAX has no groups under this transformation. "
             "Use jax.pmap or jax.shard_map(check_vma=False), or a mesh with one more axis."
         ) from error
-    ends, out = 0, []
+    ends, shared = 0, []
     for p in parts:
-        out.append(flat[ends : ends + p.size].reshape(p.shape))
+        own = flat[ends : ends + p.size].reshape(p.shape)
+        shared.append((own if jnp.iscomplexobj(p) else jnp.real(own)).astype(p.dtype))
         ends += p.size
-    return out
+    return tuple(shared)

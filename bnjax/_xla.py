@@ -3,47 +3,98 @@
 | trick | backend, JAX | why | test |
 |---|---|---|---|
 | `once` | CPU, from 0.10 | loops over elements repeat arithmetic on features | test_memory |
-| `two_pivots` | CPU, from 0.10 | a difference that two sums share is written out | test_memory |
+| `apart` | CPU, from 0.10 | a difference that two sums share is written out | test_memory |
 | `saved` and the policy | all | else rematerialization repeats sums, collectives | test_memory |
 | `blocked_product` | CPU | products of small matrices are added row by row | test_whiten |
 
 The test is the one that fails without the trick.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bnjax._rounding import near
-
+Moving = dict[int, Any]  # the tangents that are not zero, by the number of their argument
 MOMENTS_NAME = "bnjax_moments"  # what policies of `jax.checkpoint` know the statistics by
 EXACT = lax.Precision.HIGHEST  # accelerators round the factors of a product to 16 bits otherwise
 
 
-def once(v: Array) -> Array:
-    """v, computed once for each feature and not again for each element.
+def once(positive: Array, *vs: Array) -> tuple[Array, ...]:
+    """vs, computed once for each feature and not again for each element.
 
-    XLA copies cheap arithmetic on features into its loops over all elements, where it can cost
-    more than reading x (tests/bench/NOTES.md). A division is too dear for that. By a one that
-    XLA cannot see it is exact, and remains a division, as does its derivative's.
+    XLA's CPU backend copies cheap arithmetic on features into its loops over all elements, where
+    it can cost more than reading x (tests/bench/NOTES.md). A division is too dear for that. By
+    a one that XLA cannot see it is exact, and remains a division, as does its derivative's.
     """
-    if jnp.iscomplexobj(v):  # whose division is not exact
-        return v
-    if jax.__version_info__ < (0, 10):  # the saving policy would pay for it with memory
-        return v
-    return v / lax.optimization_barrier(jnp.ones_like(v))
+    ones = jnp.where(lax.stop_gradient(positive) >= 0, 1, 2).astype(jnp.finfo(vs[0].dtype).dtype)
+    # A complex division is not exact.
+    return tuple(v if jnp.iscomplexobj(v) else v / ones for v in vs)
 
 
-def two_pivots(c: Array) -> tuple[Array, Array]:
-    """Two pivots near c, one for each sum: XLA's CPU backend writes out a difference that two
-    reductions share (tests/bench/NOTES.md); two differences are fused, each into its own."""
-    return once(near(c, 1)), near(c, 2)
+def apart(c: Array) -> tuple[Array, Array]:
+    """c twice, which XLA does not see to be the same, and computed once for each feature.
+
+    For its CPU backend alone: elsewhere the ones would be kernels of their own.
+    """
+    if jnp.iscomplexobj(c):
+        return c, c
+    ones = lax.optimization_barrier(jnp.ones((2, *c.shape), c.dtype))
+    return c / ones[0], c / ones[1]
+
+
+def recomputed(f: Callable[..., Any]) -> Callable[..., Any]:
+    """f, whose derivative starts again from its arguments: they alone are kept.
+
+    As `jax.checkpoint`, but for the barrier that that has around cotangents: it would keep the
+    backward sums from being fused with what makes dy.
+    """
+    g = jax.custom_jvp(f)
+
+    def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+        # In one, so that a policy around it keeps the arguments once.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def both(primals: tuple[Any, ...], moving: Moving) -> Any:
+            return g(*primals), _tangent(f, primals, moving)
+
+        return both(primals, _moving(tangents))
+
+    g.defjvp(rule, symbolic_zeros=True)
+    return g
+
+
+def derivative(f: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    """The derivative of f, of which nothing but the primals is kept."""
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def linear(primals: tuple[Any, ...], moving: Moving) -> Any:
+        return _tangent(f, primals, moving)
+
+    return linear(primals, _moving(tangents))
+
+
+def _moving(tangents: tuple[Any, ...]) -> Moving:
+    return {i: t for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)}
+
+
+def _tangent(f: Callable[..., Any], primals: tuple[Any, ...], moving: Moving) -> Any:
+    """The derivative about primals that XLA's CPU backend does not know to be the forward pass's:
+    it would bring x - c from there and hold it. Elsewhere a barrier would cost a pass."""
+    fenced = lax.platform_dependent(primals, cpu=lax.optimization_barrier, default=lambda p: p)
+    args = dict(enumerate(fenced))
+
+    def of_moving(moved: dict[int, Array]) -> Any:
+        return f(*(args | moved).values())
+
+    return jax.jvp(of_moving, [{i: args[i] for i in moving}], [moving])[1]
 
 
 def saved(tree: Any) -> Any:
@@ -76,6 +127,11 @@ def convs_and_dots_saveable(prim: Any, *args: Any, **params: Any) -> bool:
 _names_moments = jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME)
 
 
+def sharded_axes(x: Array) -> list[int]:
+    """Those that lie on an explicit mesh: JAX neither slices nor splits them."""
+    return [i for i, name in enumerate(jax.typeof(x).sharding.spec) if name is not None]
+
+
 def blocked_product(a: Array, b: Array) -> Array:
     """sum of a b^T over all rows of `[groups, *rows, size]`, added up block by block.
 
@@ -84,10 +140,9 @@ def blocked_product(a: Array, b: Array) -> Array:
     of blocks, which a sharded batch divides into evenly; then parts of them, padded with zeros.
     """
     groups, *rows, size = a.shape
-    sharding = jax.typeof(a).sharding
-    if any(axis is not None for axis in sharding.spec):  # on an explicit mesh: no reshaping
+    if sharded_axes(a):  # no reshaping
         axes = tuple(range(1, a.ndim - 1))
-        whole = NamedSharding(sharding.mesh, P(None, None, None))
+        whole = NamedSharding(jax.typeof(a).sharding.mesh, P(None, None, None))
         numbers = ((axes, axes), ((0,), (0,)))
         return lax.dot_general(a, b, numbers, precision=EXACT, out_sharding=whole)
     n, blocks, least = math.prod(rows), 1, max(32, 8 * size)

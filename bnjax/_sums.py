@@ -1,0 +1,184 @@
+"""The two sums that a variance needs, about a pivot chosen for each backend.
+
+With weights w (1 without a mask) and a pivot c, a constant near the mean:
+
+  s1 = sum(w (x - c)),  s2 = sum(w |x - c|^2)
+
+| pivot | TPU, CPU | GPU |
+|---|---|---|
+| "batch" | the mean | a sample's mean for unmasked feature maps, else the mean |
+| "running" | the given one, guarded | the same |
+| "auto" | the given one, guarded | as "batch"; with an axis name as "running" |
+
+Guarded: where the sums show that the given pivot was too far from the mean, a branch measures
+again about the batch's mean. Autodiff of a branch would write zeros as large as x, so the pair of
+sums has a derivative rule, the only one in this package: the derivative about the pivot that was
+chosen. It is linear in the tangents and itself differentiated.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+from bnjax import _masks
+from bnjax._arguments import Shape
+from bnjax._rounding import abs2, near
+from bnjax._statistic import AxisName, Groups, psum
+from bnjax._xla import apart, derivative, saved, sharded_axes
+
+FAR = 4.0  # variances; a mean farther from the pivot would cost the variance digits
+
+Sums = tuple[Array, Array, Array, Array]  # the pivot, s1, s2 and the count
+Both = Callable[[Array, Array, Array | None, Shape], tuple[Array, Array]]
+
+
+Pivot = Literal["auto", "batch", "running"]
+
+
+class Program(NamedTuple):
+    """What is decided before x is seen."""
+
+    reduced: Shape
+    pivot: Pivot = "batch"
+    axis_name: AxisName | None = None
+    groups: Groups = None
+
+    def shared(self, *parts: Array) -> tuple[Array, ...]:
+        """The sums over all replicas."""
+        return parts if self.axis_name is None else psum(parts, self.axis_name, self.groups)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def sums(
+    program: Program, x: Array, c: Array | None, w: Array | None, count: Array, slack: Array
+) -> Sums:
+    """The chosen pivot, s1 and s2 about it, and the count, over all replicas.
+
+    `slack` is added to the variance where the guard compares the two.
+    """
+    measure = functools.partial(_measure, program)
+    on_gpu = functools.partial(measure, _staged, samples=True)
+    return lax.platform_dependent(
+        x,
+        c,
+        w,
+        count,
+        slack,
+        cpu=functools.partial(measure, _apart),
+        cuda=on_gpu,
+        rocm=on_gpu,
+        default=functools.partial(measure, _together),
+    )
+
+
+def _rule(program: Program, primals: Any, tangents: Any) -> Any:
+    x, _, w, _, _ = primals
+    c, s1, s2, count = saved(sums(program, *primals))
+
+    def about_c(x: Array, w: Array | None) -> tuple[Array, Array]:
+        return _together(x, c, w, program.reduced)
+
+    dx, _, dw, dcount, _ = tangents
+    if isinstance(dcount, SymbolicZero):
+        dcount = jnp.zeros_like(count)
+    d1, d2 = derivative(about_c, (x, w), (dx, dw))
+    return (c, s1, s2, count), (jnp.zeros_like(c), *program.shared(d1, d2, dcount))
+
+
+sums.defjvp(_rule, symbolic_zeros=True)
+
+
+def _together(
+    x: Array, c: Array, w: Array | None, reduced: Shape, kept: Shape = ()
+) -> tuple[Array, Array]:
+    d = _masks.hide(x.astype(c.dtype) - lax.expand_dims(c, (*kept, *reduced)), w)
+    weighted = _masks.weigh(d, w)
+    return jnp.sum(weighted, reduced), jnp.sum(jnp.real(weighted * jnp.conj(d)), reduced)
+
+
+def _apart(x: Array, c: Array, w: Array | None, reduced: Shape) -> tuple[Array, Array]:
+    """The same for XLA's CPU backend, which writes out a difference that two sums share."""
+    first, second = apart(c)
+    return _together(x, first, w, reduced)[0], _together(x, second, w, reduced)[1]
+
+
+def _staged(x: Array, c: Array, w: Array | None, reduced: Shape) -> tuple[Array, Array]:
+    """The same for XLA's GPU backend, which writes x - c out where the sums have few terms.
+
+    Cut into 32 parts each they have enough blocks to run in, and x - c stays inside of them.
+    """
+    first = reduced[0]
+    rows, terms = x.shape[first], math.prod(x.shape[i] for i in reduced)
+    fixed = isinstance(terms, int) and first not in sharded_axes(x)
+    if not fixed or terms > 2**14 or rows % 32:
+        return _together(x, c, w, reduced)
+
+    def in_parts(a: Array) -> Array:
+        rows = a.shape[first]  # 1 if weights are shared by all
+        parts = 32 if rows > 1 else 1
+        return a.reshape(*a.shape[:first], parts, rows // parts, *a.shape[first + 1 :])
+
+    w = None if w is None else in_parts(w)
+    partial = _together(in_parts(x), c, w, tuple(i + 1 for i in reduced), kept=(first,))
+    s1, s2 = lax.optimization_barrier(partial)
+    return jnp.sum(s1, first), jnp.sum(s2, first)
+
+
+def _measure(
+    program: Program,
+    both: Both,
+    x: Array,
+    c: Array | None,
+    w: Array | None,
+    count: Array,
+    slack: Array,
+    *,
+    samples: bool = False,
+) -> Sums:
+    def about(c: Array) -> Sums:
+        c = near(c)
+        s1, s2, n = program.shared(*both(x, c, w, program.reduced), count)
+        return c, s1, s2, n
+
+    def about_mean() -> Sums:
+        part, n = x, count
+        if samples and w is None and (places := _sample(x, program.reduced)):
+            part = x[places]
+            n = _masks.count(part, None, (), program.reduced, count.dtype)
+        s, n = program.shared(_masks.total(part, w, program.reduced), n)
+        return about(s / _masks.divisor(n).astype(s.dtype))
+
+    alone = program.axis_name is None
+    if c is None or program.pivot == "batch" or (program.pivot == "auto" and samples and alone):
+        return about_mean()
+    c, s1, s2, n = about(jnp.where(jnp.isfinite(c), c, 0))
+    far = _is_far(s1, s2, n, slack)
+    return *lax.cond(far, lambda *_: about_mean()[:3], lambda *given: given, c, s1, s2), n
+
+
+def _is_far(s1: Array, s2: Array, count: Array, slack: Array) -> Array:
+    """Whether of any feature the pivot is far from the mean, or the sums cannot tell."""
+    n = _masks.divisor(count)
+    m1, m2 = abs2(s1 / n.astype(s1.dtype)), s2 / n
+    is_near = (m1 <= FAR * (m2 - m1 + slack)) & jnp.isfinite(m2)
+    return jnp.any((count > 0) & ~is_near)
+
+
+def _sample(x: Array, reduced: Shape) -> tuple[slice, ...] | None:
+    """At least a sixteenth of the positions of a feature map, if there is one that can be sliced.
+
+    A share p of any data has a mean within sqrt((1 - p) / p) standard deviations of the mean of
+    all: within four, which the variance bears. The first axis, the batch's, stays whole, since it
+    may be sharded; an axis that is sharded on an explicit mesh cannot be sliced.
+    """
+    axes = [i for i in reduced[1:] if i not in sharded_axes(x)][-2:]
+    if not axes:
+        return None
+    step = 16 if len(axes) == 1 else 4
+    return tuple(slice(None, None, step if i in axes else None) for i in range(x.ndim))
