@@ -21,7 +21,7 @@ from bnjax._arguments import (
 )
 from bnjax._rounding import abs2, real_dtype
 from bnjax._statistic import AxisName, Groups, from_sums
-from bnjax._sums import Pivot, Program, sums
+from bnjax._sums import Guess, Pivot, Program, sums
 from bnjax._xla import once, saved
 
 
@@ -110,9 +110,10 @@ def moments(
         against `x`. Masked-out values may be NaN or infinite.
       axis_name: the mapped axis or axes to share statistics over, as in `jax.lax.psum`.
       axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
-      pivot: an estimate of the mean, `[*features]`, the same on all replicas. It saves one
-        read of `x` and one collective, and is accurate within a few standard deviations of
-        the mean. By default the batch mean.
+      pivot: an estimate of the mean, `[*features]`, the same on all replicas. Near the mean
+        it saves one read of `x` and one collective; where it turns out to be farther than two
+        standard deviations, all is measured again about the batch mean. That is the default,
+        on a GPU for unmasked feature maps the mean over a sixteenth of the positions.
 
     Returns:
       `Moments` in the promotion of `x.dtype` with float32 (var and count are real). A feature
@@ -129,6 +130,27 @@ def moments(
       >>> print(m.mean, m.var, m.count)
       [ 2. 10.] [1. 0.] 2.0
     """
+    guess = None if pivot is None else Guess(pivot)
+    return moments_near(
+        x,
+        guess,
+        feature_axis=feature_axis,
+        where=where,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+    )
+
+
+def moments_near(
+    x: ArrayLike,
+    guess: Guess | None,
+    *,
+    feature_axis: Axes,
+    where: ArrayLike | None,
+    axis_name: AxisName | None,
+    axis_index_groups: Groups,
+) -> Moments:
+    """`moments`, where one may have a guess at the mean."""
     x = as_array(x)
     features, reduced = split_axes(feature_axis, x.shape)
     weights = read_mask(where, x.shape, features)
@@ -136,28 +158,28 @@ def moments(
         raise ValueError(
             f"x has shape {x.shape}, so there is no value to measure. Leave empty batches out."
         )
-    if pivot is not None:
-        pivot = jnp.asarray(pivot, promote(x.dtype))
-        check_features("pivot", pivot.shape, tuple(x.shape[i] for i in features))
-    how: Pivot = "batch" if pivot is None else "running"
+    pivot: Pivot = "batch"
+    c, slack = None, jnp.zeros(())
+    if guess is not None:
+        pivot, slack = guess.pivot, jnp.asarray(guess.slack)
+        c = jnp.asarray(guess.mean, promote(x.dtype))
+        check_features("pivot", c.shape, tuple(x.shape[i] for i in features))
     groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
-    return measure(Program(reduced, how, axis_name, groups), x, pivot, weights, features, 0.0)
+    return _measure(Program(reduced, pivot, axis_name, groups), x, c, slack, weights, features)
 
 
 @functools.partial(jax.jit, static_argnames=("program", "features"))
-def measure(
+def _measure(
     program: Program,
     x: Array,
-    pivot: Array | None,
+    c: Array | None,
+    slack: Array,
     w: Array | None,
     features: Shape,
-    epsilon: ArrayLike,
 ) -> Moments:
-    """`moments` by a program of `sums`, where epsilon is added to the variance afterwards."""
-    dtype = promote(x.dtype)
-    real = real_dtype(dtype)
-    slack = lax.stop_gradient(jnp.asarray(epsilon, real)) + jnp.finfo(real).tiny
+    real = real_dtype(promote(x.dtype))
+    c, slack = lax.stop_gradient((c, slack.astype(real) + jnp.finfo(real).tiny))
     count = _masks.count(x, w, features, program.reduced, real)
-    c, s1, s2, count = saved(sums(program, x, lax.stop_gradient(pivot), w, count, slack))
+    c, s1, s2, count = saved(sums(program, x, c, w, count, slack))
     s1, s2 = once(s2, s1, s2)
     return from_sums(Moments, c, s1, s2, count)

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
 
 from bnjax import _masks
 from bnjax._arguments import Shape
@@ -34,11 +35,23 @@ from bnjax._xla import apart, derivative, saved, sharded_axes
 
 FAR = 4.0  # variances; a mean farther from the pivot would cost the variance digits
 
+Pivot = Literal["auto", "batch", "running"]
 Sums = tuple[Array, Array, Array, Array]  # the pivot, s1, s2 and the count
 Both = Callable[[Array, Array, Array | None, Shape], tuple[Array, Array]]
 
 
-Pivot = Literal["auto", "batch", "running"]
+class Guess(NamedTuple):
+    """Where the mean may be.
+
+    Attributes:
+      mean: `[*features]`, the same on all replicas; anything, NaN too.
+      pivot: the program for it.
+      slack: what is added to the variance later, so that the guard need not be more exact.
+    """
+
+    mean: ArrayLike
+    pivot: Pivot = "running"
+    slack: ArrayLike = 0.0
 
 
 class Program(NamedTuple):

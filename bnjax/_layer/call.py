@@ -1,6 +1,6 @@
 """What a layer does in one call, whatever the framework: choose the moments, then apply them."""
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import jax.numpy as jnp
 from jax import Array
@@ -12,6 +12,7 @@ from bnjax._layer.ghosts import in_ghosts
 from bnjax._layer.notices import warn_of_single_values
 from bnjax._layer.recipe import Apply, Recipe
 from bnjax._statistic import AxisName, Groups, M, pmerge
+from bnjax._sums import Guess, Pivot
 
 
 class Layer(Protocol):
@@ -28,7 +29,7 @@ class Layer(Protocol):
     @property
     def axis_index_groups(self) -> Groups: ...
     @property
-    def pivot(self) -> Literal["batch", "running"]: ...
+    def pivot(self) -> Pivot: ...
     @property
     def debias(self) -> bool: ...
     @property
@@ -49,8 +50,8 @@ def call(
     initializing: bool = False,
 ) -> tuple[Array, M | None]:
     """The output, and in training the batch's moments, which are to be remembered or emitted."""
-    if layer.pivot not in ("batch", "running"):
-        raise ValueError(f"pivot is {layer.pivot!r}. Choose 'batch' or 'running'.")
+    if layer.pivot not in ("auto", "batch", "running"):
+        raise ValueError(f"pivot is {layer.pivot!r}. Choose 'auto', 'batch' or 'running'.")
     axis, axis_name, groups = layer.axis, layer.axis_name, layer.axis_index_groups
 
     def run(apply: Apply[M], x: Array, m: M, mask: ArrayLike | None) -> Array:
@@ -62,29 +63,32 @@ def call(
         running = recipe.running(stats)
         return run(recipe.apply, x, running, mask), None
     apply = recipe.apply if recipe.correct is None else recipe.correct(stats)
-    pivot = stats["mean"] if layer.pivot == "running" and not initializing else None
+    ghosts = layer.ghost_batch_size
+    guess = None
+    if layer.pivot != "batch" and not initializing and ghosts is None:
+        guess = Guess(stats["mean"], layer.pivot, layer.epsilon)
 
     def train(
         x: Array, mask: ArrayLike | None, axis_name: AxisName | None = None, groups: Groups = None
     ) -> tuple[Array, M]:
         m = recipe.measure(
             x,
+            guess,
             feature_axis=axis,
             where=mask,
             axis_name=axis_name,
             axis_index_groups=groups,
-            pivot=pivot,
         )
         return run(apply, x, m, mask), m
 
     if initializing:
         return train(x, mask)[0], None
-    if layer.ghost_batch_size is None:
+    if ghosts is None:
         y, m = train(x, mask, axis_name, groups)
         warn_of_single_values(x.shape, axis, axis_name)
         return y, m
-    y, m = in_ghosts(train, x, mask, layer.ghost_batch_size, axis)
-    warn_of_single_values((layer.ghost_batch_size, *x.shape[1:]), axis, None)
+    y, m = in_ghosts(train, x, mask, ghosts, axis)
+    warn_of_single_values((ghosts, *x.shape[1:]), axis, None)
     return y, m if axis_name is None else pmerge(m, axis_name, axis_index_groups=groups)
 
 

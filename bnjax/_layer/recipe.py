@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -13,11 +13,12 @@ from jax.typing import ArrayLike, DTypeLike
 from bnjax._arguments import Axes, Shape
 from bnjax._average import Stats
 from bnjax._covariance import CovMoments, check_group_size, cov_moments
-from bnjax._moments import Moments, moments
+from bnjax._moments import Moments, moments_near
 from bnjax._normalize import normalize
 from bnjax._renormalize import renormalize
 from bnjax._rounding import real_dtype
 from bnjax._statistic import AxisName, Groups, M
+from bnjax._sums import Guess
 from bnjax._whiten import whiten
 
 M_co = TypeVar("M_co", covariant=True)
@@ -27,17 +28,17 @@ Method = Literal["cholesky", "newton_schulz"]
 
 
 class Measure(Protocol[M_co]):
-    """How a batch is measured: as `moments` does."""
+    """How a batch is measured: as `moments` does, with a guess at the mean or without."""
 
     def __call__(
         self,
         x: Array,
+        guess: Guess | None,
         *,
         feature_axis: Axes,
         where: ArrayLike | None,
-        axis_name: AxisName | None = None,
-        axis_index_groups: Groups = None,
-        pivot: Array | None = None,
+        axis_name: AxisName | None,
+        axis_index_groups: Groups,
     ) -> M_co: ...
 
 
@@ -87,7 +88,7 @@ def _unit_variance(sizes: Shape, dtype: DTypeLike) -> Array:
     return jnp.ones(sizes, real_dtype(dtype))
 
 
-BATCH_NORM = Recipe(Moments, _unit_variance, moments, normalize)
+BATCH_NORM = Recipe(Moments, _unit_variance, moments_near, normalize)
 
 
 def batch_renorm(r_max: Limit, d_max: Limit) -> Recipe[Moments]:
@@ -111,9 +112,9 @@ def decorrelated(group_size: int | None, method: Method, iterations: int) -> Rec
         size = check_group_size(group_size, math.prod(sizes))
         return jnp.tile(jnp.eye(size, dtype=dtype), (math.prod(sizes) // size, 1, 1))
 
-    return Recipe(
-        CovMoments,
-        unit_covariance,
-        functools.partial(cov_moments, group_size=group_size),
-        functools.partial(whiten, method=method, iterations=iterations),
-    )
+    def measure(x: Array, guess: Guess | None, **settings: Any) -> CovMoments:
+        # About a mean that is far off, the covariance may not be positive: no guesses.
+        return cov_moments(x, group_size=group_size, **settings)
+
+    apply = functools.partial(whiten, method=method, iterations=iterations)
+    return Recipe(CovMoments, unit_covariance, measure, apply)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Generic, Literal
+from typing import Generic
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,7 @@ from bnjax._average import Momentum, Stats, remember
 from bnjax._layer.call import call, initial, names_of_statistics
 from bnjax._layer.recipe import Recipe
 from bnjax._statistic import AxisName, M, merge
+from bnjax._sums import Pivot
 
 
 class Mode(nn.Module):
@@ -47,7 +48,7 @@ class Base(Mode, Generic[M]):
     axis_index_groups: Sequence[Sequence[int]] | None = None
     use_fast_variance: bool = dataclasses.field(default=True, kw_only=True)
     force_float32_reductions: bool = dataclasses.field(default=True, kw_only=True)
-    pivot: Literal["batch", "running"] = dataclasses.field(default="batch", kw_only=True)
+    pivot: Pivot = dataclasses.field(default="auto", kw_only=True)
     debias: bool = False
     ddof: int = 0
     ghost_batch_size: int | None = dataclasses.field(default=None, kw_only=True)

@@ -1,9 +1,8 @@
 """The linen layers that normalize each feature: flax's layer over bnjax's functions."""
 
-from typing import Literal
-
 from bnjax._layer.recipe import BATCH_NORM, Limit, Recipe, batch_renorm
 from bnjax._moments import Moments
+from bnjax._sums import Pivot
 from bnjax.linen._base import Base
 
 
@@ -46,8 +45,11 @@ class BatchNorm(Base[Moments]):
       axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
       use_fast_variance, force_float32_reductions: accepted, and change nothing: the variance
         is always accurate, and at least float32.
-      pivot: "batch", or "running" to measure about the running mean: one pass over `x` and one
-        collective less, accurate once the running mean is within a few standard deviations.
+      pivot: where deviations are measured from, which changes passes, collectives and the last
+        bits, never the accuracy. "running": the running mean, with a guard: a batch whose mean
+        is farther than two standard deviations from it is measured again about its own.
+        "batch": the batch's own mean, with no branch in the program. "auto": "running", but
+        without an `axis_name` "batch" on a GPU.
       debias: whether the average forgets the zeros and ones that it started with, as in `ema`.
       ddof: 1 to remember the unbiased variance, as PyTorch does.
       ghost_batch_size: how many consecutive examples of the first axis are normalized together
@@ -70,7 +72,7 @@ class BatchNorm(Base[Moments]):
 
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
-    pivot: Literal["batch", "running"] = "batch"
+    pivot: Pivot = "auto"
     ghost_batch_size: int | None = None
 
     @property

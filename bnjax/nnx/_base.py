@@ -17,6 +17,7 @@ from bnjax._average import Momentum, Stats, remember
 from bnjax._layer.call import call, initial, names_of_statistics
 from bnjax._layer.recipe import Recipe
 from bnjax._statistic import AxisName, M, Statistic, merge
+from bnjax._sums import Pivot
 
 
 class BatchMoments(nnx.Variable[Statistic]):
@@ -53,7 +54,7 @@ class Base(nnx.Module, Generic[M]):
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
-        pivot: Literal["batch", "running"] = "batch",
+        pivot: Pivot = "auto",
         debias: bool = False,
         ddof: int = 0,
         emit: bool | Literal["only"] = False,

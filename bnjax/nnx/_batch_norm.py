@@ -50,8 +50,11 @@ class BatchNorm(Base[Moments]):
       promote_dtype: decides the dtype of the output, as in flax; never that of the arithmetic.
       rngs: the source of keys for the initializers.
       bias_metadata, scale_metadata: metadata for the parameters' variables.
-      pivot: "batch", or "running" to measure about the running mean: one pass over `x` and one
-        collective less, accurate once the running mean is within a few standard deviations.
+      pivot: where deviations are measured from, which changes passes, collectives and the last
+        bits, never the accuracy. "running": the running mean, with a guard: a batch whose mean
+        is farther than two standard deviations from it is measured again about its own.
+        "batch": the batch's own mean, with no branch in the program. "auto": "running", but
+        without an `axis_name` "batch" on a GPU.
       debias: whether the average forgets the zeros and ones that it started with, as in `ema`.
       ddof: 1 to remember the unbiased variance, as PyTorch does.
       emit: True to emit the moments besides remembering them, "only" to emit them instead.
