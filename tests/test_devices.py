@@ -39,8 +39,8 @@ def test_all_reduces_of_a_layer(pivot, forward, axis_name):
         count_collectives(compile_sharded(Chain(layers, pivot, axis_name), mesh, forward_only=True))
         for layers in (2, 3)
     ]
-    # The last layer's value is used nowhere but in the loss, which costs one more all-reduce
-    # in plain jit; what one layer adds is the difference.
+    # A guard that fires takes two more, in a branch. The last layer's value is used nowhere but
+    # in the loss, which costs one more all-reduce in plain jit: the difference is one layer's.
     assert counts[1]["all-reduce"] - counts[0]["all-reduce"] == forward
     assert set(counts[1]) == {"all-reduce"}
 

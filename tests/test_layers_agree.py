@@ -80,7 +80,7 @@ def run(make, variables, x, dy, mask, *, evaluates, compiled=True, **fields):
         compiled=[True, False],
         axis=[-1, 1, (0, 2)],
         dtype=[None, "float32", "bfloat16"],
-        pivot=["batch", "running"],
+        pivot=["auto", "batch", "running"],
         axis_name=[None, "i"],
         use_bias=[True, False],
         use_scale=[True, False],
@@ -229,7 +229,12 @@ ERRORS = {
         "momentum is -0.1, but it is the share of the running statistics that is kept. "
         "Choose a number from 0 to 1.",
     ),
-    "pivot": ({"pivot": "mean"}, (4, 3), None, "pivot is 'mean'. Choose 'batch' or 'running'."),
+    "pivot": (
+        {"pivot": "mean"},
+        (4, 3),
+        None,
+        "pivot is 'mean'. Choose 'auto', 'batch' or 'running'.",
+    ),
     "mask of another shape": (
         {},
         (4, 3),

@@ -1,11 +1,13 @@
 """What is kept between forward and backward, and what the backward pass computes again."""
 
 import functools
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from hlo import split_branches
 from implementations import every_implementation
 from jax import lax
 from samples import normal
@@ -13,6 +15,7 @@ from samples import normal
 import bnjax
 
 FEATURES = 8
+SUM = re.compile(r"= f32\S* reduce\(")
 VECTORS = 16 * FEATURES * 4  # bytes of sixteen float32 vectors of the features: "O(features)"
 every_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 
@@ -151,7 +154,23 @@ def test_the_compiled_program_makes_few_reductions(step, pivot, forward, policy)
     """Forward the pivot (unless the running mean is it), the mean and the variance; back two."""
     f, inputs = gradient(functools.partial(step, pivot=pivot), policy)
     program = jax.jit(f).lower(*inputs).compile().as_text()
-    assert len(re.findall(r" reduce\(", program)) == forward + 2
+    taken, branches = split_branches(program)
+    assert len(SUM.findall(taken)) == forward + 2
+    # Where the guard fires, the mean and both sums once more.
+    assert len(SUM.findall(branches)) == (3 if pivot == "running" else 0)
+
+
+@every_implementation
+def test_a_quiet_branch_holds_nothing_of_the_inputs_size(step):
+    """It passes on what it was given; all that is as large as x is what comes in for the other."""
+    f, inputs = gradient(functools.partial(step, pivot="running"), "plain")
+    program = jax.jit(f).lower(*inputs).compile().as_text()
+    results = re.findall(r"= \(([^()]*)\) conditional\(", program)
+    assert len(results) == 1
+    sizes = [
+        math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", results[0])
+    ]
+    assert max(sizes) == FEATURES
 
 
 @every_implementation
