@@ -194,7 +194,7 @@ def _measure(
         c = s / _masks.divisor(n).astype(s.dtype)
     c = saved(near(c))
     parts = *saved(_sums(x, c, w, features, reduced, size)), count
-    return from_sums(CovMoments, c, *program.shared(*parts))
+    return from_sums(CovMoments, c, *saved(program.shared(*parts)))
 
 
 @functools.partial(jax.checkpoint, static_argnums=(3, 4, 5))

@@ -131,12 +131,12 @@ def pmerge(m: M, axis_name: AxisName, *, axis_index_groups: Groups = None) -> M:
     """
     m = cast(m, promote(jnp.result_type(m.mean)))
     n = m.count.astype(m.mean.dtype)
-    s, n_all = psum(lax.stop_gradient((n * m.mean, n)), axis_name, axis_index_groups)
+    s, n_all = saved(psum(lax.stop_gradient((n * m.mean, n)), axis_name, axis_index_groups))
     pivot = near(s / jnp.where(n_all != 0, n_all, 1))
     delta = (m.mean - pivot) + m.remainder
     second = m.second + m.shift(delta, m.second)
     parts = n * delta, m.count.astype(second.dtype) * second, m.count
-    s1, s2, count = psum(parts, axis_name, axis_index_groups)
+    s1, s2, count = saved(psum(parts, axis_name, axis_index_groups))
     return from_sums(type(m), pivot, s1, s2, count)
 
 
@@ -179,7 +179,7 @@ def psum(parts: tuple[Array, ...], axis_name: AxisName, groups: Groups) -> tuple
     """One all-reduce for all the parts, in the dtype of the first; each returns in its own."""
     flat = jnp.concatenate([p.astype(parts[0].dtype).reshape(-1) for p in parts])
     try:
-        flat = saved(lax.psum(flat, axis_name, axis_index_groups=groups))
+        flat = lax.psum(flat, axis_name, axis_index_groups=groups)
     except NameError as error:
         raise NameError(
             f"axis_name is {axis_name!r}, but no such axis is mapped here ({error}). "

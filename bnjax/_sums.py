@@ -24,14 +24,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from bnjax import _masks
 from bnjax._arguments import Shape
 from bnjax._rounding import abs2, near
 from bnjax._statistic import AxisName, Groups, psum
-from bnjax._xla import apart, derivative, saved, sharded_axes
+from bnjax._xla import apart, derivative, moving_of, saved, sharded_axes
 
 FAR = 4.0  # variances; a mean farther from the pivot would cost the variance digits
 
@@ -93,14 +92,13 @@ def sums(
 def _rule(program: Program, primals: Any, tangents: Any) -> Any:
     x, _, w, _, _ = primals
     c, s1, s2, count = saved(sums(program, *primals))
+    moving = moving_of(tangents)
+    dcount = moving.pop(3, jnp.zeros_like(count))
 
-    def about_c(x: Array, w: Array | None) -> tuple[Array, Array]:
+    def about(x: Array, c: Array, w: Array | None) -> tuple[Array, Array]:
         return _together(x, c, w, program.reduced)
 
-    dx, _, dw, dcount, _ = tangents
-    if isinstance(dcount, SymbolicZero):
-        dcount = jnp.zeros_like(count)
-    d1, d2 = derivative(about_c, (x, w), (dx, dw))
+    d1, d2 = derivative(about, (x, c, w), moving)
     return (c, s1, s2, count), (jnp.zeros_like(c), *program.shared(d1, d2, dcount))
 
 
@@ -159,20 +157,27 @@ def _measure(
         s1, s2, n = program.shared(*both(x, c, w, program.reduced), count)
         return c, s1, s2, n
 
-    def about_mean() -> Sums:
+    def about_mean(like: ArrayLike = 0.0) -> Sums:
         part, n = x, count
         if samples and w is None and (places := _sample(x, program.reduced)):
             part = x[places]
             n = _masks.count(part, None, (), program.reduced, count.dtype)
         s, n = program.shared(_masks.total(part, w, program.reduced), n)
-        return about(s / _masks.divisor(n).astype(s.dtype))
+        return about(s / _masks.divisor(n).astype(s.dtype) + like)
 
     alone = program.axis_name is None
     if c is None or program.pivot == "batch" or (program.pivot == "auto" and samples and alone):
         return about_mean()
-    c, s1, s2, n = about(jnp.where(jnp.isfinite(c), c, 0))
+    c = jnp.where(jnp.isfinite(c), c, 0)
+    if sharded_axes(x):  # make c lie as the sums do
+        c = c + jnp.sum(jnp.zeros_like(x, c.dtype), program.reduced)
+    c, s1, s2, n = about(c)
     far = _is_far(s1, s2, n, slack)
-    return *lax.cond(far, lambda *_: about_mean()[:3], lambda *given: given, c, s1, s2), n
+
+    def again(c: Array, *_: Array) -> tuple[Array, Array, Array]:
+        return about_mean(like=c - c)[:3]  # of c's type, whatever axes that varies over
+
+    return *lax.cond(far, again, lambda *given: given, c, s1, s2), n
 
 
 def _is_far(s1: Array, s2: Array, count: Array, slack: Array) -> Array:

@@ -23,7 +23,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-Moving = dict[int, Any]  # the tangents that are not zero, by the number of their argument
+Moving = dict[int, Any]
 MOMENTS_NAME = "bnjax_moments"  # what policies of `jax.checkpoint` know the statistics by
 EXACT = lax.Precision.HIGHEST  # accelerators round the factors of a product to 16 bits otherwise
 
@@ -52,7 +52,7 @@ def apart(c: Array) -> tuple[Array, Array]:
 
 
 def recomputed(f: Callable[..., Any]) -> Callable[..., Any]:
-    """f, whose derivative starts again from its arguments: they alone are kept.
+    """f(x, c, ...), whose derivative starts again from its arguments: they alone are kept.
 
     As `jax.checkpoint`, but for the barrier that that has around cotangents: it would keep the
     backward sums from being fused with what makes dy.
@@ -65,36 +65,52 @@ def recomputed(f: Callable[..., Any]) -> Callable[..., Any]:
         def both(primals: tuple[Any, ...], moving: Moving) -> Any:
             return g(*primals), _tangent(f, primals, moving)
 
-        return both(primals, _moving(tangents))
+        return both(primals, moving_of(tangents))
 
     g.defjvp(rule, symbolic_zeros=True)
     return g
 
 
-def derivative(f: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    """The derivative of f, of which nothing but the primals is kept."""
+def derivative(f: Callable[..., Any], primals: tuple[Any, ...], moving: Moving) -> Any:
+    """The derivative of f(x, c, ...), of which nothing but the primals is kept."""
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def linear(primals: tuple[Any, ...], moving: Moving) -> Any:
         return _tangent(f, primals, moving)
 
-    return linear(primals, _moving(tangents))
+    return linear(primals, moving)
 
 
-def _moving(tangents: tuple[Any, ...]) -> Moving:
-    return {i: t for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)}
+def moving_of(tangents: tuple[Any, ...]) -> Moving:
+    """The tangents that are not zero, by the number of their argument."""
+    return {i: t for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero | None)}
 
 
 def _tangent(f: Callable[..., Any], primals: tuple[Any, ...], moving: Moving) -> Any:
-    """The derivative about primals that XLA's CPU backend does not know to be the forward pass's:
-    it would bring x - c from there and hold it. Elsewhere a barrier would cost a pass."""
-    fenced = lax.platform_dependent(primals, cpu=lax.optimization_barrier, default=lambda p: p)
-    args = dict(enumerate(fenced))
+    args = dict(enumerate((*_fenced(*primals[:2]), *primals[2:])))
 
-    def of_moving(moved: dict[int, Array]) -> Any:
+    def of_moving(moved: Moving) -> Any:
         return f(*(args | moved).values())
 
     return jax.jvp(of_moving, [{i: args[i] for i in moving}], [moving])[1]
+
+
+def _fenced(x: Array, c: Array) -> tuple[Array, Array]:
+    """x and c, which XLA's CPU backend does not know to be the forward pass's.
+
+    It would bring x - c from there and hold it. Elsewhere a barrier would cost a pass.
+    """
+    if _varies(x) != _varies(c):  # behind one barrier both would vary over the same mapped axes
+        return x, c
+    return lax.platform_dependent(
+        x, c, cpu=lambda *pair: lax.optimization_barrier(pair), default=lambda *pair: pair
+    )
+
+
+def _varies(x: Array) -> Any:
+    """Over which mapped axes, where `shard_map` checks that."""
+    kind = jax.typeof(x)
+    return getattr(kind, "vma", None) or getattr(kind, "manual_axis_type", None)  # from JAX 0.10
 
 
 def saved(tree: Any) -> Any:
