@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from bnjax._arguments import Axes, promote, split_axes
+from bnjax._arguments import Axes, is_static, promote, split_axes
 from bnjax._moments import Moments
 from bnjax._normalize import affine
 
@@ -39,7 +39,9 @@ def fold(
       m: the running statistics, `[*features]`.
       scale, bias: the normalization's, `[*features]`; None is 1 and 0.
       feature_axis: the kernel's axis of output features, or a tuple of them: the last for Flax's
-        layers, but -2 for `ConvTranspose(transpose_kernel=True)`, and 0 for PyTorch's.
+        layers, but -2 for `ConvTranspose(transpose_kernel=True)`; 0 for PyTorch's `Linear` and
+        `Conv`, but 1 for its `ConvTranspose`, and with g groups (0, 2), after a reshape of the
+        kernel to `[g, in / g, out / g, ...]` and of the features to `[g, out / g]`.
       epsilon: the normalization's; positive.
 
     Returns:
@@ -47,7 +49,8 @@ def fold(
       in the kernel's (complex where the normalization is).
 
     Raises:
-      ValueError: for an epsilon that is not positive, or a shape that does not fit.
+      ValueError: for an epsilon that is not positive, a shape that does not fit, and for
+        statistics that no data have (NaN, inf, a negative variance), where they are concrete.
 
     Example:
       >>> import bnjax, jax.numpy as jnp
@@ -70,6 +73,7 @@ def fold(
                 f"features of shape {sizes} on axis {feature_axis}. "
                 "Give one value for each feature, or another feature_axis."
             )
+    check_statistics(m, "m")
     mul, add = affine(m, scale, bias, epsilon=epsilon)
     dtype = promote(kernel.dtype, mul.dtype)
     folded = kernel.astype(dtype) * lax.expand_dims(mul.astype(dtype), others)
@@ -78,6 +82,21 @@ def fold(
     own = jnp.asarray(kernel_bias)
     dtype = promote(own.dtype, mul.dtype)
     return _as(kernel.dtype, folded), _as(own.dtype, own.astype(dtype) * mul + add)
+
+
+def check_statistics(m: Moments, owner: str) -> None:
+    """Refuses a mean or variance that no data have, where their values are known."""
+    for name, p, low in (("mean", m.mean, -np.inf), ("variance", m.var, 0)):
+        if not is_static(p):
+            continue
+        values = np.asarray(p).ravel()
+        wrong = values[~(np.isfinite(values) & (values.real >= low))]
+        if wrong.size:
+            raise ValueError(
+                f"{owner} has the {name} {wrong[0]} in {wrong.size} of {values.size} features, "
+                "which no data have. Load statistics from before, or measure them anew "
+                "(bnjax.recalibrate)."
+            )
 
 
 def _as(dtype: Any, p: Array) -> Array:

@@ -107,6 +107,79 @@ def test_folding_into_a_dense_layer(use_bias):
     assert_folds(batched, (3, 6, 4), norm_axes=(0, -2, -1), feature_axis=(0, -2, -1))
 
 
+def torch_linear(x, kernel, bias):
+    """As PyTorch's documentation says it: kernel `[out, in]`."""
+    return x @ kernel.T + bias
+
+
+def torch_conv(x, kernel, bias, stride=1, groups=1):
+    """Channels first; kernel `[out, in / groups, height, width]`."""
+    (out, per_group, *size), channels = kernel.shape, np.arange(x.shape[1])
+    windows = np.lib.stride_tricks.sliding_window_view(x, size, (2, 3))[:, :, ::stride, ::stride]
+    y = np.zeros((len(x), out, *windows.shape[2:4]))
+    for o in range(out):
+        own = channels // per_group == o // (out // groups)
+        y[:, o] = np.einsum("nchwij,cij->nhw", windows[:, own], kernel[o])
+    return y + bias[:, None, None]
+
+
+def torch_conv_transpose(x, kernel, bias, stride=1, groups=1):
+    """Channels first; kernel `[in, out / groups, height, width]`: each value of x lays one down."""
+    n, channels, height, width = x.shape
+    _, per_group, *size = kernel.shape
+    up = [(length - 1) * stride + k for length, k in zip((height, width), size, strict=True)]
+    y = np.zeros((n, groups, per_group, *up))
+    for c, i, j in np.ndindex(channels, height, width):
+        place = np.s_[:, c * groups // channels, :, i * stride :, j * stride :]
+        y[place][..., : size[0], : size[1]] += np.multiply.outer(x[:, c, i, j], kernel[c])
+    return y.reshape(n, groups * per_group, *up) + bias[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("layer", "kernel_shape", "groups", "feature_axis"),
+    [
+        (torch_linear, (4, 4), 1, 0),
+        (torch_conv, (4, 4, 3, 2), 1, 0),
+        (torch_conv, (4, 2, 3, 2), 2, 0),
+        (torch_conv_transpose, (4, 4, 3, 2), 1, 1),
+        (torch_conv_transpose, (4, 3, 3, 2), 2, (0, 2)),
+        (torch_conv_transpose, (4, 1, 3, 2), 4, (0, 2)),
+    ],
+    ids=["Linear", "Conv", "Conv-2", "ConvTranspose", "ConvTranspose-2", "ConvTranspose-4"],
+)
+def test_folding_into_pytorchs_layers(layer, kernel_shape, groups, feature_axis):
+    """The axes that the docstring says; sizes that agree would hide another."""
+    rng = np.random.default_rng(0)
+    settings = {} if layer is torch_linear else {"stride": 2, "groups": groups}
+    x = rng.standard_normal((5, 4) if layer is torch_linear else (2, 4, 5, 6))
+    kernel = rng.standard_normal(kernel_shape)
+    out = kernel_shape[1] * groups if layer is torch_conv_transpose else kernel_shape[0]
+    own = rng.standard_normal(out)
+    m, scale, bias = trained((out,))
+    y = layer(x, kernel, own, **settings)
+    true = reference.normalize(
+        y, m.mean, m.var, scale, bias, feature_axis=1, epsilon=EPSILON
+    ).astype(np.float64)
+
+    kernels, features = kernel.shape, (out,)
+    if feature_axis == (0, 2):
+        kernels = (groups, kernel_shape[0] // groups, *kernel_shape[1:])
+        features = (groups, out // groups)
+    arrays = [p.reshape(features) for p in (m.mean, m.var, scale, bias, own)]
+    mean, var, scale, bias, own = float32(arrays)
+    folded, shift = bnjax.fold(
+        float32(kernel.reshape(kernels)),
+        own,
+        bnjax.Moments(mean, var),
+        scale,
+        bias,
+        feature_axis=feature_axis,
+        epsilon=EPSILON,
+    )
+    folded, shift = np.float64(folded).reshape(kernel_shape), np.float64(shift).reshape(out)
+    assert_relative(layer(x, folded, shift, **settings), true)
+
+
 def test_folding_keeps_the_dtypes_of_the_layer():
     m, scale, bias = float32(trained((4,)))
     half = jnp.ones((3, 4), jnp.bfloat16)

@@ -548,3 +548,235 @@ def test_a_model_in_training_is_refused():
         "Folding 'layers/layers/1' into 'layers/layers/0' changes what the model returns. Leave "
         "out layers whose output is used elsewhere, too, and call the model as in evaluation.",
     )
+
+
+# Any precision, any draw: what is right folds, what is wrong does not
+
+
+class Drawn(nn.Module):
+    """Two layers; at most one fault, in the second."""
+
+    fault: str = ""
+    dtype: str | None = None
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kind = NormWithRelu if self.fault == "inside" else bnjax.linen.BatchNorm
+        norms = {f"norm{i}": kind(use_running_average=True, **dtypes) for i in (1, 2)}
+        x = nn.relu(norms["norm1"].copy(name="norm1")(nn.Dense(4, **dtypes, name="dense1")(x)))
+        dense = nn.Dense(4, **dtypes, name="dense2")
+        y = dense(x)
+        z = norms["norm2"].copy(name="norm2")(jnp.abs(y) if self.fault == "between" else y)
+        if self.fault == "elsewhere":
+            z = z + y / 8
+        if self.fault == "kernel":
+            z = z + jnp.sum(dense.variables["params"]["kernel"]).astype(z.dtype)
+        return z.at[:, 0].set(-jnp.inf).at[0, 1].set(jnp.nan)  # masked, as before a softmax
+
+
+class DrawnNNX(nnx.Module):
+    def __init__(self, fault="", dtype=None, param_dtype="float32"):
+        settings = {"dtype": dtype, "param_dtype": param_dtype, "rngs": nnx.Rngs(0)}
+        kind = NormWithReluNNX if fault == "inside" else bnjax.nnx.BatchNorm
+        self.fault = fault
+        self.dense1, self.dense2 = nnx.Linear(4, 4, **settings), nnx.Linear(4, 4, **settings)
+        self.norm1, self.norm2 = kind(4, **settings), kind(4, **settings)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm1(self.dense1(x)))
+        y = self.dense2(x)
+        z = self.norm2(jnp.abs(y) if self.fault == "between" else y)
+        if self.fault == "elsewhere":
+            z = z + y / 8
+        if self.fault == "kernel":
+            z = z + jnp.sum(self.dense2.kernel[...]).astype(z.dtype)
+        return z.at[:, 0].set(-jnp.inf).at[0, 1].set(jnp.nan)
+
+
+FAULTS = ["between", "inside", "elsewhere", "kernel", "swapped"]
+PRECISIONS = [  # of parameters, of the arithmetic, of the input
+    ("float32", None, "float64"),
+    ("bfloat16", "float32", "float32"),
+    ("float16", None, "float16"),
+]
+
+
+def redrawn(name, p, rng):
+    """Of any size, as in networks that were trained in another way each."""
+    size = 10 ** rng.uniform(-1, 1)
+    value = size * (rng.uniform(0.1, 2, p.shape) if name == "var" else rng.normal(size=p.shape))
+    return jnp.asarray(value, p.dtype)
+
+
+def fold_drawn(fault, dtype, param_dtype, x, rng):
+    model = Drawn(fault, dtype, param_dtype)
+    flat = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), x))
+    variables = unflatten_dict({path: redrawn(path[-1], p, rng) for path, p in flat.items()})
+    folded = bnjax.linen.fold(model, variables, pairs_of(fault), x)
+    return bnjax.linen.apply_folded(model, folded, x), model.apply(variables, x)
+
+
+def fold_drawn_nnx(fault, dtype, param_dtype, x, rng):
+    model = DrawnNNX(fault, dtype, param_dtype)
+    for path, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Variable):
+            variable[...] = redrawn(path[-1], variable[...], rng)
+    folded = bnjax.nnx.fold(model, pairs_of(fault), x)
+    model.eval()
+    return folded(x), model(x)
+
+
+def pairs_of(fault):
+    norms = ["norm2", "norm1"] if fault == "swapped" else ["norm1", "norm2"]
+    return dict(zip(["dense1", "dense2"], norms, strict=True))
+
+
+@pytest.fixture
+def loose():
+    """float64, and the promotions that most users have."""
+    jax.config.update("jax_enable_x64", True)
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.usefixtures("loose")
+@pytest.mark.parametrize(("fold", "draws"), [(fold_drawn, 10), (fold_drawn_nnx, 20)])
+@pytest.mark.parametrize(("param_dtype", "dtype", "x_dtype"), PRECISIONS)
+def test_right_pairs_fold_and_wrong_ones_do_not_at_any_precision(
+    fold, draws, param_dtype, dtype, x_dtype
+):
+    """Rounding errors are not taken for another model, nor another model for rounding errors."""
+    x = jnp.asarray(X.reshape(-1, 4)[:16], x_dtype)
+    for seed in range(draws):
+        ours, true = fold("", dtype, param_dtype, x, np.random.default_rng(seed))
+        eps = float(jnp.finfo(param_dtype).eps)
+        assert_same_output(ours[1:, 1:], true[1:, 1:], 8 * eps)
+        np.testing.assert_array_equal(np.isnan(ours), np.isnan(true))
+        np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(true))
+        fault = FAULTS[seed % len(FAULTS)]
+        with pytest.raises(ValueError, match=r"changes what the model|is not the output"):
+            fold(fault, dtype, param_dtype, x, np.random.default_rng(seed))
+
+
+def test_a_model_of_which_nothing_can_be_seen_is_refused():
+    message = (
+        "The model returns no finite number, and with NaN nothing can be checked. "
+        "Give a sample input like those that it was trained with."
+    )
+    assert_both_refuse("", message, x=np.full_like(X, np.nan))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("var", -0.5, "the variance -0.5"),
+        ("var", np.nan, "the variance nan"),
+        ("var", np.inf, "the variance inf"),
+        ("mean", np.nan, "the mean nan"),
+        ("mean", -np.inf, "the mean -inf"),
+    ],
+)
+def test_statistics_that_cannot_be_are_named(name, value, said):
+    end = (
+        f"has {said} in 1 of 8 features, which no data have. Load statistics from before, or "
+        "measure them anew (bnjax.recalibrate)."
+    )
+    model = Wrong("")
+    variables = model.init(jax.random.key(0), X)
+    stats = variables["batch_stats"]["norm"]
+    stats[name] = stats[name].at[2].set(value)
+    pairs = {"conv": "norm"}
+    refused = f"The batch norm 'norm' {end}"
+    assert_refused(lambda: bnjax.linen.fold(model, variables, pairs, X), refused)
+    model = WrongNNX("")
+    getattr(model.norm, name)[...] = stats[name]
+    assert_refused(lambda: bnjax.nnx.fold(model, pairs, X), refused)
+    m = bnjax.Moments(stats["mean"], stats["var"])
+    assert_refused(lambda: bnjax.fold(jnp.ones((3, 8)), None, m), f"m {end}")
+
+
+def test_a_mask_in_the_call_does_nothing_in_inference():
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask):
+            return bnjax.linen.BatchNorm(name="norm")(nn.Dense(4, name="dense")(x), True, mask=mask)
+
+    class MaskedNNX(nnx.Module):
+        def __init__(self):
+            self.dense = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+            self.norm = bnjax.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+        def __call__(self, x, mask):
+            return self.norm(x=self.dense(x), mask=mask)
+
+    mask = jnp.arange(8) < 5
+    model, pairs = Masked(), {"dense": "norm"}
+    variables = model.init(jax.random.key(0), X, mask[:, None])
+    folded = bnjax.linen.fold(model, variables, pairs, X, mask[:, None])
+    y = bnjax.linen.apply_folded(model, folded, X, mask[:, None])
+    assert_same_output(y, model.apply(variables, X, mask[:, None]))
+    model = trained_nnx(MaskedNNX())
+    assert_same_output(
+        bnjax.nnx.fold(model, pairs, X, mask[:, None])(X, None), model(X, mask[:, None])
+    )
+
+
+class Unbiased(nnx.Linear):
+    """Takes no notice of a bias."""
+
+    def __call__(self, x):
+        return x @ self.kernel[...]
+
+
+class Standardized(nn.Dense):
+    """Takes no notice of its kernel's size (Qiao et al., 2019)."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(), (x.shape[-1], self.features))
+        return x @ (kernel / jnp.sqrt(jnp.sum(kernel**2, 0, keepdims=True)))
+
+
+def test_layers_that_compute_in_another_way_are_refused():
+    changes = (
+        "Folding {} changes what the model returns. Leave out layers whose output is used "
+        "elsewhere, too, and call the model as in evaluation."
+    )
+    model = nn.Sequential([Standardized(8), bnjax.linen.BatchNorm(True)])
+    variables = model.init(jax.random.key(0), X)
+    assert_refused(
+        lambda: bnjax.linen.fold(model, variables, {"layers_0": "layers_1"}, X),
+        changes.format("'layers_1' into 'layers_0'"),
+    )
+    rngs = nnx.Rngs(0)
+    layers = Unbiased(3, 8, use_bias=False, rngs=rngs), bnjax.nnx.BatchNorm(8, rngs=rngs)
+    model = nnx.Sequential(*layers)
+    assert_refused(
+        lambda: bnjax.nnx.fold(model, {"layers/0": "layers/1"}, X),
+        changes.format("'layers/1' into 'layers/0'"),
+    )
+
+
+def test_a_kernel_that_two_layers_share_is_refused():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Linear(3, 3, rngs=rngs), bnjax.nnx.BatchNorm(3, rngs=rngs), nnx.Linear(3, 3, rngs=rngs)
+    )
+    model.layers[2].kernel = model.layers[0].kernel
+    with pytest.raises(ValueError, match="'layers/1' into 'layers/0' changes"):
+        bnjax.nnx.fold(model, {"layers/0": "layers/1"}, X)
+
+
+def test_a_layer_of_another_name_folds_as_what_it_is():
+    class Named(nn.Dense):
+        @nn.compact
+        def __call__(self, x):
+            return super().__call__(x)
+
+    model = nn.Sequential([Named(4), bnjax.linen.BatchNorm(True)])
+    variables = trained(model)
+    folded = bnjax.linen.fold(model, variables, {"layers_0": "layers_1"}, X)
+    assert_same_output(bnjax.linen.apply_folded(model, folded, X), model.apply(variables, X))

@@ -1,29 +1,37 @@
 """Fold the batch norms of a linen model: new variables, and flax's interceptors to apply them."""
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax import lax
+from flax.typing import Dtype
+from jax import Array, lax
 
 from bnjax._arguments import as_array, promote, split_axes
 from bnjax._fold_model import (
+    BatchNorm,
+    Call,
     Calls,
     Fit,
+    Kernel,
     Norm,
     Pairs,
-    check,
-    check_layer,
+    Share,
     check_norm,
+    check_pairs,
+    check_use,
     find,
     first,
     fold_pair,
-    perturb,
+    multiply,
+    record,
+    refuse_layer,
+    refuse_norm,
     see_fit,
 )
 from bnjax._moments import Moments
@@ -31,6 +39,19 @@ from bnjax._normalize import affine
 
 LAYERS = nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose
 Flat = dict[str, Any]  # "params/block/Conv_0/kernel" -> array
+
+
+@runtime_checkable
+class LinenBatchNorm(BatchNorm, Protocol):
+    """What else decides the dtype of its output."""
+
+    dtype: Dtype | None
+    param_dtype: Dtype
+    use_scale: bool
+    use_bias: bool
+
+    def clone(self) -> nn.Module:
+        """The same module, unbound."""
 
 
 def fold(
@@ -42,9 +63,10 @@ def fold(
     collection "folded". `apply_folded(model, folded, ...)` applies them; no multiplication is
     left there. See `bnjax.fold` for the formula.
 
-    The result is checked: each named batch norm must be fed by its layer and by nothing else,
-    and the model must return the same as before on the sample input, with its variables
-    and with other, random ones in the batch norms.
+    The pairs are checked on the sample input: each batch norm must be fed by its layer and by
+    nothing else, must normalize with its running statistics and do nothing else, and nothing else
+    may depend on the layer. That holds at any precision; what the new kernels lose to rounding is
+    what their dtype loses.
 
     Args:
       model: any linen model.
@@ -55,7 +77,8 @@ def fold(
 
     Raises:
       ValueError: for a path, a kind of module or axes that do not fit, a batch norm that anything
-        but its layer feeds, and a layer whose output is used elsewhere, too.
+        but its layer feeds, a layer whose output is used elsewhere, too, and for statistics that
+        no data have (NaN, inf, a negative variance).
 
     Example:
       >>> import bnjax, jax, jax.numpy as jnp
@@ -72,21 +95,31 @@ def fold(
       True
     """
     flat = flatten_dict(nn.meta.unbox(variables), sep="/")
-    norms, fits = _look(model, flat, pairs, args, kwargs)
+    modules, fits = _look(model, flat, pairs, args, kwargs)
+    norms = {path: _read(flat, path, module.epsilon) for path, module in modules.items()}
+    for layer, path in pairs.items():
+        apply = functools.partial(_apply_norm, modules[path], flat, path)
+        check_norm((layer, path), norms[path], modules[path].axis, fits[path], apply)
 
-    def compiled(apply: Callable[..., Any]) -> Callable[[Flat], Any]:
-        return jax.jit(lambda flat: apply(unflatten_dict(flat, sep="/"), *args, **kwargs))
+    @jax.jit
+    def run(flat: Flat, shares: Mapping[str, Share]) -> Any:
+        shared = flat
+        for layer, path in pairs.items():
+            share = shares[path]
+            arrays = multiply(fits[path], *_arrays(flat, layer), share.factor)
+            shared = _put(shared, layer, path, *arrays, {"mul": share.mul, "bias": share.add})
+        return apply_folded(model, unflatten_dict(shared, sep="/"), *args, **kwargs)
 
-    run = compiled(model.apply)
-    run_folded = compiled(functools.partial(apply_folded, model))
-
-    def fold_and_run(flat: Flat, pairs: Pairs) -> Any:
-        return run_folded(_folded(flat, pairs, norms, fits))
-
-    for sample in (flat, _perturbed(flat, norms)):
-        as_given = functools.partial(run, sample)
-        check(pairs, fits, as_given, functools.partial(fold_and_run, sample))
-    return unflatten_dict(_folded(flat, pairs, norms, fits), sep="/")
+    check_use(norms, fits, pairs, functools.partial(run, flat), shifts=False)
+    folded = flat
+    for layer, path in pairs.items():
+        norm, (kernel, bias) = norms[path], _arrays(flat, layer)
+        centered = norm._replace(mean=jnp.zeros_like(norm.mean), bias=None)
+        kernel, own = fold_pair(fits[path], kernel, bias, centered)
+        _, add = affine(Moments(norm.mean, norm.var), norm.scale, norm.bias, epsilon=norm.epsilon)
+        own_bias = None if bias is None else own
+        folded = _put(folded, layer, path, kernel, own_bias, {"bias": add})
+    return unflatten_dict(folded, sep="/")
 
 
 def apply_folded(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -105,85 +138,100 @@ def _add_bias(
     call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
 ) -> Any:
     """In place of the call of a folded batch norm, with the dtype that its output had."""
-    norm = context.module
-    if context.method_name != "__call__" or not norm.has_variable("folded", "bias"):
+    module = context.module
+    is_folded = context.method_name == "__call__" and module.has_variable("folded", "bias")
+    if not (is_folded and isinstance(module, LinenBatchNorm)):
         return call(*args, **kwargs)
     x = as_array(first(args, kwargs))
-    bias = jnp.asarray(norm.get_variable("folded", "bias"))
-    own = jnp.zeros((), norm.param_dtype) if norm.use_scale or norm.use_bias else None
+    own = jnp.zeros((), module.param_dtype) if module.use_scale or module.use_bias else None
     with jax.numpy_dtype_promotion("standard"):
-        dtype = canonicalize_dtype(x, own, dtype=norm.dtype)
+        dtype = canonicalize_dtype(x, own, dtype=module.dtype)
+    bias = jnp.asarray(module.get_variable("folded", "bias"))
     wide = promote(x.dtype, bias.dtype)
-    bias = lax.expand_dims(bias.astype(wide), split_axes(norm.axis, x.shape)[1])
-    return (x.astype(wide) + bias).astype(dtype)
+    _, others = split_axes(module.axis, x.shape)
+    y = x.astype(wide)
+    if module.has_variable("folded", "mul"):  # while `fold` checks
+        mul: Array = module.get_variable("folded", "mul")
+        y *= lax.expand_dims(mul.astype(wide), others)
+    return (y + lax.expand_dims(bias.astype(wide), others)).astype(dtype)
 
 
 def _look(
     model: nn.Module, flat: Flat, pairs: Pairs, args: Any, kwargs: Any
-) -> tuple[dict[str, Any], dict[str, Fit]]:
+) -> tuple[dict[str, LinenBatchNorm], dict[str, Fit]]:
     """The named batch norms, and how they sit on their layers, seen in an abstract run."""
     modules: dict[str, nn.Module] = {}
     calls: Calls = {path: [] for pair in pairs.items() for path in pair}
 
     def watch(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        y = call(*args, **kwargs)
         path = "/".join(context.module.path)
+        seen = calls.get(path, [])
+        before = len(seen)
+        y = call(*args, **kwargs)
         if context.method_name == "__call__":
             modules[path] = context.module
-            if path in calls:
-                calls[path].append((first(args, kwargs), y))
+            seen[before:] = [record(args, kwargs, y)]  # not what it calls by super()
         return y
 
     with nn.intercept_methods(watch):
         jax.eval_shape(lambda: model.apply(unflatten_dict(flat, sep="/"), *args, **kwargs))
-    norms = {norm: find(norm, modules) for norm in pairs.values()}
-    fits = {}
-    for layer, norm in pairs.items():
-        module = find(layer, modules)
-        check_layer(layer, module, LAYERS)
-        check_norm(norm, norms[norm], f"batch_stats/{norm}/var" in flat, pairs)
-        kind: dict[str, Any] = {}
+    check_pairs(pairs)
+    norms: dict[str, LinenBatchNorm] = {}
+    fits: dict[str, Fit] = {}
+    for layer, path in pairs.items():
+        module, norm = find(layer, modules), find(path, modules)
+        if not isinstance(module, LAYERS):
+            raise refuse_layer(layer, module, LAYERS)
+        if not (isinstance(norm, LinenBatchNorm) and f"batch_stats/{path}/var" in flat):
+            raise refuse_norm(path, norm)
+        array, _ = _arrays(flat, layer)
+        kernel = Kernel(array.ndim, array.dtype)
         if isinstance(module, nn.DenseGeneral):
-            kind = {"batch": _length(module.batch_dims), "features": _length(module.features)}
+            batch, features = map(_length, (module.batch_dims, module.features))
+            kernel = kernel._replace(batch=batch, features=features)
         if isinstance(module, nn.ConvTranspose):
-            kind = {"transposed": module.transpose_kernel}
-        ndim = flat[f"params/{layer}/kernel"].ndim
-        fits[norm] = see_fit((layer, norm), calls, norms[norm].axis, ndim, **kind)
+            kernel = kernel._replace(transposed=module.transpose_kernel)
+        fits[path] = see_fit((layer, path), calls, norm.axis, kernel)
+        norms[path] = norm
     return norms, fits
 
 
-def _length(axes: Any) -> int:
+def _length(axes: int | Sequence[int]) -> int:
     return 1 if isinstance(axes, int) else len(axes)
 
 
-def _read(flat: Flat, path: str, module: Any) -> Norm:
+def _arrays(flat: Flat, layer: str) -> tuple[Array, Array | None]:
+    return flat[f"params/{layer}/kernel"], flat.get(f"params/{layer}/bias")
+
+
+def _read(flat: Flat, path: str, epsilon: float) -> Norm:
     scale, bias = (flat.get(f"params/{path}/{name}") for name in ("scale", "bias"))
     mean, var = (flat[f"batch_stats/{path}/{name}"] for name in ("mean", "var"))
-    return Norm(mean, var, scale, bias, module.epsilon)
+    return Norm(mean, var, scale, bias, epsilon)
 
 
-def _perturbed(flat: Flat, norms: Mapping[str, Any]) -> Flat:
-    flat = dict(flat)
-    for path, module in norms.items():
-        mean, var, scale, bias, _ = perturb(_read(flat, path, module))
-        new = {"batch_stats": {"mean": mean, "var": var}, "params": {"scale": scale, "bias": bias}}
-        given = {f"{c}/{path}/{name}": p for c, v in new.items() for name, p in v.items()}
-        flat |= {name: p for name, p in given.items() if p is not None}
-    return flat
+def _apply_norm(module: LinenBatchNorm, flat: Flat, path: str, norm: Norm, call: Call) -> Array:
+    """The batch norm alone, called again with other variables."""
+    own = {n.replace(f"/{path}/", "/", 1): p for n, p in flat.items() if _is_of(path, n)}
+    own |= {"batch_stats/mean": norm.mean, "batch_stats/var": norm.var}
+    affine = {"params/scale": norm.scale, "params/bias": norm.bias}
+    own |= {name: p for name, p in affine.items() if p is not None}
+    variables = unflatten_dict(own, sep="/")
+    y, _ = module.clone().apply(variables, call.x, *call.args, **call.kwargs, mutable=True)
+    return y
 
 
-def _folded(flat: Flat, pairs: Pairs, norms: Mapping[str, Any], fits: Mapping[str, Fit]) -> Flat:
-    """The layers multiplied; the batch norms' variables replaced by the bias that is left."""
-    flat = dict(flat)
-    for layer, path in pairs.items():
-        norm = _read(flat, path, norms[path])
-        kernel, bias = f"params/{layer}/kernel", f"params/{layer}/bias"
-        centered = norm._replace(mean=jnp.zeros_like(norm.mean), bias=None)
-        flat[kernel], own = fold_pair(fits[path], flat[kernel], flat.get(bias), centered)
-        if bias in flat:
-            flat[bias] = own
-        for name in [n for n in flat if n.split("/", 1)[1].startswith(f"{path}/")]:
-            del flat[name]
-        _, add = affine(Moments(norm.mean, norm.var), norm.scale, norm.bias, epsilon=norm.epsilon)
-        flat[f"folded/{path}/bias"] = add
-    return flat
+def _is_of(path: str, name: str) -> bool:
+    """Whether a variable belongs to the module at this path."""
+    return name.split("/", 1)[1].startswith(f"{path}/")
+
+
+def _put(
+    flat: Flat, layer: str, path: str, kernel: Array, bias: Array | None, left: Mapping[str, Array]
+) -> Flat:
+    """New arrays in the layer, and in place of the batch norm's variables what is left of it."""
+    flat = {name: p for name, p in flat.items() if not _is_of(path, name)}
+    flat[f"params/{layer}/kernel"] = kernel
+    if bias is not None:
+        flat[f"params/{layer}/bias"] = bias
+    return flat | {f"folded/{path}/{name}": p for name, p in left.items()}
