@@ -2,11 +2,10 @@
 
 from typing import Protocol
 
-import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax._arguments import Axes, Shape
+from bnjax._arguments import Axes
 from bnjax._average import Momentum, Stats
 from bnjax._layer.ghosts import in_ghosts
 from bnjax._layer.notices import warn_of_single_values
@@ -96,15 +95,3 @@ def counts_steps(layer: Layer, recipe: Recipe[M]) -> bool:
     """Whether something in the layer depends on the number of updates before."""
     by_average = layer.debias or layer.momentum is None or callable(layer.momentum)
     return by_average or recipe.counts_steps
-
-
-def names_of_statistics(layer: Layer, recipe: Recipe[M]) -> list[str]:
-    """What the layer keeps in `batch_stats`."""
-    return ["mean", recipe.statistic.second_name(), *["steps"] * counts_steps(layer, recipe)]
-
-
-def initial(layer: Layer, recipe: Recipe[M], sizes: Shape, dtype: DTypeLike) -> Stats:
-    """The running statistics before the first batch."""
-    second = recipe.statistic.second_name()
-    stats = {"mean": jnp.zeros(sizes, dtype), second: recipe.start(sizes, dtype)}
-    return stats | ({"steps": jnp.zeros((), jnp.int32)} if counts_steps(layer, recipe) else {})

@@ -79,6 +79,11 @@ class Recipe(Generic[M]):
     correct: Callable[[Stats], Apply[M]] | None = None
     counts_steps: bool = False
 
+    def initial(self, sizes: Shape, dtype: DTypeLike) -> Stats:
+        """Running statistics before the first batch, for features of these sizes."""
+        mean = jnp.zeros(sizes, dtype)
+        return {"mean": mean, self.statistic.second_name(): self.start(sizes, dtype)}
+
     def running(self, stats: Stats) -> M:
         """The statistic that a layer remembers."""
         return self.statistic.make(stats["mean"], stats[self.statistic.second_name()])

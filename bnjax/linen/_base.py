@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from bnjax._arguments import as_array, promote, split_axes
 from bnjax._average import Momentum, Stats, remember
-from bnjax._layer.call import call, initial, names_of_statistics
+from bnjax._layer.call import call, counts_steps
 from bnjax._layer.recipe import Recipe
 from bnjax._statistic import AxisName, M, merge
 from bnjax._sums import Pivot
@@ -92,11 +92,13 @@ class Base(Mode, Generic[M]):
         )
         x, recipe = as_array(x), self._recipe
         sizes = tuple(x.shape[i] for i in split_axes(self.axis, x.shape)[0])
-        start = functools.partial(initial, self, recipe, sizes, promote(x.dtype))
+        start = functools.partial(recipe.initial, sizes, promote(x.dtype))
         variables = {
             name: self.variable("batch_stats", name, lambda name=name: start()[name])
-            for name in names_of_statistics(self, recipe)
+            for name in ("mean", recipe.statistic.second_name())
         }
+        if counts_steps(self, recipe):
+            variables["steps"] = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
         stats = {name: variable.value for name, variable in variables.items()}
         scale = bias = None
         if self.use_scale:

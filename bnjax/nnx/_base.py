@@ -14,14 +14,20 @@ from jax.typing import ArrayLike, DTypeLike
 
 from bnjax._arguments import as_array, promote
 from bnjax._average import Momentum, Stats, remember
-from bnjax._layer.call import call, initial, names_of_statistics
+from bnjax._layer.call import call, counts_steps
 from bnjax._layer.recipe import Recipe
 from bnjax._statistic import AxisName, M, Statistic, merge
 from bnjax._sums import Pivot
 
 
 class BatchMoments(nnx.Variable[Statistic]):
-    """What layers emit: `nnx.pop(model, bnjax.nnx.BatchMoments)` takes it out of them."""
+    """What layers emit: `nnx.pop(model, bnjax.nnx.BatchMoments)` takes it out of them.
+
+    For `nnx.bridge` it is what linen's collection `moments` holds.
+    """
+
+
+nnx.register_variable_name("moments", BatchMoments, overwrite=True)
 
 
 class Base(nnx.Module, Generic[M]):
@@ -60,6 +66,14 @@ class Base(nnx.Module, Generic[M]):
         emit: bool | Literal["only"] = False,
         ghost_batch_size: int | None = None,
     ) -> None:
+        sizes = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
+        for name, value in self._recipe.initial(sizes, promote(param_dtype)).items():
+            setattr(self, name, nnx.BatchStat(value))
+        self.scale = self.bias = nnx.data(None)
+        if use_scale:
+            self.scale = nnx.Param(scale_init(rngs.params(), sizes, param_dtype), **scale_metadata)
+        if use_bias:
+            self.bias = nnx.Param(bias_init(rngs.params(), sizes, param_dtype), **bias_metadata)
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
@@ -78,14 +92,8 @@ class Base(nnx.Module, Generic[M]):
         self.ddof = ddof
         self.emit = emit
         self.ghost_batch_size = ghost_batch_size
-        sizes = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
-        for name, value in initial(self, self._recipe, sizes, promote(param_dtype)).items():
-            setattr(self, name, nnx.BatchStat(value))
-        self.scale = self.bias = nnx.data(None)
-        if use_scale:
-            self.scale = nnx.Param(scale_init(rngs.params(), sizes, param_dtype), **scale_metadata)
-        if use_bias:
-            self.bias = nnx.Param(bias_init(rngs.params(), sizes, param_dtype), **bias_metadata)
+        if counts_steps(self, self._recipe):
+            self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
     @property
     def _recipe(self) -> Recipe[M]:
@@ -123,9 +131,9 @@ class Base(nnx.Module, Generic[M]):
                 "Call model.train() or model.eval(), or pass True or False."
             )
         x, recipe = as_array(x), self._recipe
-        variables: dict[str, nnx.BatchStat[Array]] = {
-            name: vars(self)[name] for name in names_of_statistics(self, recipe)
-        }
+        names = ["mean", recipe.statistic.second_name()]
+        names += ["steps"] * counts_steps(self, recipe)
+        variables: dict[str, nnx.BatchStat[Array]] = {name: vars(self)[name] for name in names}
         stats = {name: variable[...] for name, variable in variables.items()}
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
@@ -168,7 +176,12 @@ class Base(nnx.Module, Generic[M]):
         use_running_average: bool | None = None,
         emit: bool | Literal["only"] | None = None,
     ) -> None:
-        """For `nnx.view`: sets what is given."""
+        """For `nnx.view`, and described by `nnx.view_info`: sets what is given.
+
+        Args:
+          use_running_average: True in evaluation, False in training.
+          emit: True to emit the moments besides remembering them, "only" to emit them instead.
+        """
         if use_running_average is not None:
             self.use_running_average = use_running_average
         if emit is not None:
