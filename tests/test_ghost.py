@@ -320,7 +320,7 @@ def test_it_keeps_its_input_and_vectors_of_the_parts(step, dtype):
 def test_a_part_of_one_value_per_feature_warns(step):
     x = np.ones((4, 3), np.float32)
     said = (
-        r"x has shape \(1, 3\), one value per feature, so the output is the bias. "
+        r"One value per feature: x has shape \(1, 3\), so the output is the bias. "
         "Train with more examples, or pass use_running_average=True."
     )
     with pytest.warns(UserWarning, match=said):

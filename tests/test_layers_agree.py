@@ -399,7 +399,7 @@ def test_one_value_per_feature_gives_the_bias_and_a_warning(shape, make):
     variables = variables_of(3)
     layer, stats = make(variables, momentum=0.5)
     message = (
-        f"x has shape {shape}, one value per feature, so the output is the bias. "
+        f"One value per feature: x has shape {shape}, so the output is the bias. "
         "Train with more examples, or pass use_running_average=True."
     )
     x = well_scaled(1, shape)

@@ -1,4 +1,4 @@
-"""What a layer tells its user, at the user's line: warnings."""
+"""What a layer warns its user of, at the user's line."""
 
 import inspect
 import math
@@ -9,26 +9,32 @@ from jax import lax
 from bnjax._arguments import Axes, Shape, split_axes
 from bnjax._statistic import AxisName
 
-LIBRARIES = "bnjax", "contextlib", "flax", "jax"  # whose lines are not the user's
+LIBRARIES = "bnjax", "flax", "jax"  # which stand between a layer and its user
 
 
 def warn(message: str) -> None:
-    """A warning at the line that called the layer, however many wrappers lie in between.
+    """Warns at the line that called the layer, however deep in wrappers and transformations.
 
-    From Python 3.12 on `skip_file_prefixes` does this.
+    From Python 3.12 on `warnings.warn` can do this itself, by `skip_file_prefixes`.
     """
     frame, level = inspect.currentframe(), 1
-    while frame and frame.f_back and frame.f_globals["__name__"].split(".")[0] in LIBRARIES:
+    while frame and frame.f_back and _is_of_libraries(frame.f_globals.get("__name__", "")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 
 
-def warn_of_single_values(shape: Shape, axis: Axes, axis_name: AxisName | None) -> None:
-    """Where a batch has one value per feature."""
+def _is_of_libraries(module: str) -> bool:
+    return module.split(".")[0] in LIBRARIES
+
+
+def warn_of_single_values(
+    output: str, shape: Shape, axis: Axes, axis_name: AxisName | None
+) -> None:
+    """Where a batch has one value per feature, and what the output then is."""
     replicas = 1 if axis_name is None else lax.psum(1, axis_name)
     _, reduced = split_axes(axis, shape)
     if math.prod(shape[i] for i in reduced) * replicas == 1:
         warn(
-            f"x has shape {shape}, one value per feature, so the output is the bias. "
+            f"One value per feature: x has shape {shape}, so the output is {output}. "
             "Train with more examples, or pass use_running_average=True."
         )

@@ -70,6 +70,7 @@ class Recipe(Generic[M]):
       apply: gives the output, in training with the batch's statistic, else with the running one.
       correct: what gives the output in training instead, made of the running statistics.
       counts_steps: whether that depends on the number of updates before.
+      of_one_value: what the output is where a batch has one value per feature.
     """
 
     statistic: type[M]
@@ -78,6 +79,7 @@ class Recipe(Generic[M]):
     apply: Apply[M]
     correct: Callable[[Stats], Apply[M]] | None = None
     counts_steps: bool = False
+    of_one_value: str = "the bias"
 
     def initial(self, sizes: Shape, dtype: DTypeLike) -> Stats:
         """Running statistics before the first batch, for features of these sizes."""
@@ -106,8 +108,12 @@ def batch_renorm(r_max: Limit, d_max: Limit) -> Recipe[Moments]:
         running = BATCH_NORM.running(stats)
         return functools.partial(renormalize, running=running, r_max=now(r_max), d_max=now(d_max))
 
-    counts_steps = callable(r_max) or callable(d_max)
-    return dataclasses.replace(BATCH_NORM, correct=correct, counts_steps=counts_steps)
+    return dataclasses.replace(
+        BATCH_NORM,
+        correct=correct,
+        counts_steps=callable(r_max) or callable(d_max),
+        of_one_value="x normalized by the running statistics, up to d_max",
+    )
 
 
 def decorrelated(group_size: int | None, method: Method, iterations: int) -> Recipe[CovMoments]:
