@@ -89,9 +89,3 @@ def call(
     y, m = in_ghosts(train, x, mask, ghosts, axis)
     warn_of_single_values(recipe.of_one_value, (ghosts, *x.shape[1:]), axis, None)
     return y, m if axis_name is None else pmerge(m, axis_name, axis_index_groups=groups)
-
-
-def counts_steps(layer: Layer, recipe: Recipe[M]) -> bool:
-    """Whether something in the layer depends on the number of updates before."""
-    by_average = layer.debias or layer.momentum is None or callable(layer.momentum)
-    return by_average or recipe.counts_steps

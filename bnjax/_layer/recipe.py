@@ -81,14 +81,19 @@ class Recipe(Generic[M]):
     counts_steps: bool = False
     of_one_value: str = "the bias"
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """Of the mean and the second moment, where they are remembered."""
+        return "mean", self.statistic.second_name()
+
     def initial(self, sizes: Shape, dtype: DTypeLike) -> Stats:
-        """Running statistics before the first batch, for features of these sizes."""
-        mean = jnp.zeros(sizes, dtype)
-        return {"mean": mean, self.statistic.second_name(): self.start(sizes, dtype)}
+        """What is remembered before the first batch, for features of these sizes."""
+        start = jnp.zeros(sizes, dtype), self.start(sizes, dtype)
+        return dict(zip(self.names, start, strict=True))
 
     def running(self, stats: Stats) -> M:
-        """The statistic that a layer remembers."""
-        return self.statistic.make(stats["mean"], stats[self.statistic.second_name()])
+        """What is remembered, as a statistic."""
+        return self.statistic.make(*(stats[name] for name in self.names))
 
 
 def _unit_variance(sizes: Shape, dtype: DTypeLike) -> Array:

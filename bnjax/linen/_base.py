@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic
 
 import flax.linen as nn
@@ -16,8 +16,9 @@ from jax.typing import ArrayLike
 
 from bnjax._arguments import as_array, promote, split_axes
 from bnjax._average import Momentum, Stats, remember
-from bnjax._layer.call import call, counts_steps
+from bnjax._layer.call import call
 from bnjax._layer.recipe import Recipe
+from bnjax._layer.steps import counts_steps, read_steps
 from bnjax._statistic import AxisName, M, merge
 from bnjax._sums import Pivot
 
@@ -92,14 +93,11 @@ class Base(Mode, Generic[M]):
         )
         x, recipe = as_array(x), self._recipe
         sizes = tuple(x.shape[i] for i in split_axes(self.axis, x.shape)[0])
+        emits = _emits_moments(self)
+        remembers = not emits or self.is_mutable_collection("batch_stats")
+        trains = not use_running_average and (remembers or recipe.counts_steps)
         start = functools.partial(recipe.initial, sizes, promote(x.dtype))
-        variables = {
-            name: self.variable("batch_stats", name, lambda name=name: start()[name])
-            for name in ("mean", recipe.statistic.second_name())
-        }
-        if counts_steps(self, recipe):
-            variables["steps"] = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
-        stats = {name: variable.value for name, variable in variables.items()}
+        variables, stats = self._statistics(start, self.is_initializing() or trains)
         scale = bias = None
         if self.use_scale:
             scale = self.param("scale", self.scale_init, sizes, self.param_dtype)
@@ -121,14 +119,31 @@ class Base(Mode, Generic[M]):
         )
         if m is None:
             return y
-        emits = _emits_moments(self)
-        if not emits or self.is_mutable_collection("batch_stats"):
+        if remembers:
             for name, value in self._remember(stats, m).items():
                 variables[name].value = value
         if emits:
             before: M | None = self.get_variable("moments", "moments")
             self.put_variable("moments", "moments", m if before is None else merge(before, m))
         return y
+
+    @nn.nowrap
+    def _statistics(
+        self, start: Callable[[], Stats], with_steps: bool
+    ) -> tuple[dict[str, nn.Variable[Array]], Stats]:
+        """The variables that a call depends on, and what they hold."""
+        begun = self.has_variable("batch_stats", "mean")
+        variables = {
+            name: self.variable("batch_stats", name, lambda name=name: start()[name])
+            for name in self._recipe.names
+        }
+        stats = {name: variable.value for name, variable in variables.items()}
+        if with_steps and counts_steps(self, self._recipe):
+            missing = begun and not self.has_variable("batch_stats", "steps")
+            steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
+            variables["steps"] = steps
+            stats["steps"] = read_steps(self, None if missing else steps.value, stats, start)
+        return variables, stats
 
 
 def _emits_moments(layer: nn.Module) -> bool:

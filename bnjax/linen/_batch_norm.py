@@ -23,7 +23,8 @@ class BatchNorm(Base[Moments]):
     Variables: `params/{scale,bias}` and `batch_stats/{mean,var}`, each `[*features]`. The
     statistics start in the promotion of the input's dtype and float32, and keep their dtype.
     Where the average depends on the number of updates (`debias`, a schedule, `momentum=None`)
-    `batch_stats/steps` counts them, an int32 scalar.
+    `batch_stats/steps` counts them, an int32 scalar or whatever number a file gives. Evaluation
+    needs none; training without it counts from 0, with a warning where that forgets statistics.
 
     A training call with `mutable=["moments"]`, named like this, hands the batch's `Moments` out
     in that collection instead of updating `batch_stats`; with both named it does both. A second

@@ -1,11 +1,13 @@
 """What all NNX layers share: fields, variables, and what becomes of a batch's moments."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Generic, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.typing import Axes, Dtype, Initializer, PromoteDtypeFn
@@ -14,10 +16,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from bnjax._arguments import as_array, promote
 from bnjax._average import Momentum, Stats, remember
-from bnjax._layer.call import call, counts_steps
+from bnjax._layer.call import call
 from bnjax._layer.recipe import Recipe
+from bnjax._layer.steps import counts_steps, read_steps
 from bnjax._statistic import AxisName, M, Statistic, merge
 from bnjax._sums import Pivot
+
+NUMBERS = int, float, np.number  # which files may leave in a variable
 
 
 class BatchMoments(nnx.Variable[Statistic]):
@@ -131,10 +136,9 @@ class Base(nnx.Module, Generic[M]):
                 "Call model.train() or model.eval(), or pass True or False."
             )
         x, recipe = as_array(x), self._recipe
-        names = ["mean", recipe.statistic.second_name()]
-        names += ["steps"] * counts_steps(self, recipe)
-        variables: dict[str, nnx.BatchStat[Array]] = {name: vars(self)[name] for name in names}
-        stats = {name: variable[...] for name, variable in variables.items()}
+        remembers = self.emit != "only"
+        trains = not use_running_average and (remembers or recipe.counts_steps)
+        variables, stats = self._statistics(with_steps=trains)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         y, m = call(
@@ -150,15 +154,32 @@ class Base(nnx.Module, Generic[M]):
         )
         if m is None:
             return y
-        if self.emit != "only":
+        if remembers:
             for name, value in self._remember(stats, m).items():
-                variables[name][...] = lax.stop_gradient(value)
+                _write(variables[name], lax.stop_gradient(value))
         if self.emit:
             if "moments" in vars(self):
                 before = jax.tree.leaves(self.moments)
                 m = merge(jax.tree.unflatten(jax.tree.structure(m), before), m)
             self.moments = BatchMoments(m)
         return y
+
+    def _statistics(self, with_steps: bool) -> tuple[dict[str, nnx.BatchStat[Array]], Stats]:
+        """The variables that a call depends on, and what they hold."""
+        recipe = self._recipe
+        variables: dict[str, nnx.BatchStat[Array]] = {p: vars(self)[p] for p in recipe.names}
+        stats = {name: as_array(variable[...]) for name, variable in variables.items()}
+        if with_steps and counts_steps(self, recipe):
+            mean = stats["mean"]
+            start = functools.partial(recipe.initial, mean.shape, mean.dtype)
+            missing = "steps" not in vars(self)  # where debias or the momentum was set afterwards
+            if missing:
+                self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
+            (given,) = jax.tree.leaves(self.steps)
+            steps = given if isinstance(given, NUMBERS) else self.steps[...]
+            stats["steps"] = read_steps(self, None if missing else steps, stats, start)
+            variables["steps"] = self.steps
+        return variables, stats
 
     def _output_dtype(
         self, x: Array, running: M, scale: Array | None, bias: Array | None
@@ -186,3 +207,11 @@ class Base(nnx.Module, Generic[M]):
             self.use_running_average = use_running_average
         if emit is not None:
             self.emit = emit
+
+
+def _write(variable: nnx.BatchStat[Array], value: Array) -> None:
+    """In place, but not into numbers, nor into the arrays of a file."""
+    if isinstance(jax.tree.leaves(variable)[0], (*NUMBERS, np.ndarray)):
+        variable.copy_from(variable.replace(value))
+    else:
+        variable[...] = value

@@ -26,7 +26,7 @@ class BatchNorm(Base[Moments]):
 
     Variables: `scale`, `bias` (`nnx.Param`) and `mean`, `var` (`nnx.BatchStat`), `[*features]`.
     Where the average depends on the number of updates (`debias`, a schedule, `momentum=None`)
-    `steps` counts them, an int32 scalar (`nnx.BatchStat`).
+    `steps` counts them, an int32 scalar (`nnx.BatchStat`), as in linen.
 
     Where `emit` is set, a training call leaves the batch's `Moments` in `moments`
     (`bnjax.nnx.BatchMoments`), from where `nnx.pop` takes them; a second call merges into the
