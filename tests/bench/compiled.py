@@ -115,7 +115,7 @@ def measure(
     results: dict[str, Any],
     out: Path,
 ) -> None:
-    command = [str(python), str(HERE / "compile_worker.py"), target]
+    command = [str(python), str(HERE / "compiled_worker.py"), target]
     worker = Worker(command, out / f"{target}.log", targets.ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
     introduction = worker.answer()
     if "versions" not in introduction:

@@ -9,13 +9,13 @@ import math
 import os
 
 import cases
+import compiled_programs
+import compiled_text
 import flax.linen as nn
-import hlo
 import jax
 import jax.numpy as jnp
 import models
 import numpy as np
-import programs
 import pytest
 import steps
 import targets
@@ -41,18 +41,18 @@ def standard_promotion():
 
 def compile_here(program):
     sharding = SingleDeviceSharding(targets.devices(TARGET)[0])
-    return programs.compile_for(sharding, program, targets.OPTIONS.get(TARGET))
+    return compiled_programs.compile_for(sharding, program, targets.OPTIONS.get(TARGET))
 
 
 @functools.cache
 def compile_layer(library, dtype, shape):
     """One layer, forward and backward."""
     case = {"kind": "layer", "dtype": dtype, "shape": shape}
-    return compile_here(programs.program(library, case))
+    return compile_here(compiled_programs.program(library, case))
 
 
 def layer_figures(library, dtype, shape):
-    return hlo.figures(compile_layer(library, dtype, shape), math.prod(shape))
+    return compiled_text.figures(compile_layer(library, dtype, shape), math.prod(shape))
 
 
 @every_dtype
@@ -67,12 +67,12 @@ def test_a_layer_makes_no_pass_more_than_flax(shape, dtype):
 @every_shape
 def test_a_quiet_branch_moves_nothing(shape, dtype):
     """A layer that holds its pivot for far has a branch that measures again, and one that waits."""
-    program = hlo.read(compile_layer("bnjax-running", dtype, shape).as_text())
+    program = compiled_text.read(compile_layer("bnjax-running", dtype, shape).as_text())
     conditionals = [i for i in program["ENTRY"] if i.opcode == "conditional"]
     assert len(conditionals) == 1
     moved = sorted(
-        sum(hlo.passes(kernel, math.prod(shape)) for kernel in branch)
-        for branch in hlo.branches(program, conditionals[0])
+        sum(compiled_text.passes(kernel, math.prod(shape)) for kernel in branch)
+        for branch in compiled_text.branches(program, conditionals[0])
     )
     assert moved[0] == 0 < moved[1]
 
@@ -117,8 +117,8 @@ def one_block(norm, policy, dtype):
 
 def step_figures(library, model, elements):
     case = {"kind": "step", "model": model, "dtype": "bfloat16", "batch": 128}
-    program = programs.program(library, case | {"elements": elements})
-    return hlo.figures(compile_here(program), elements)
+    program = compiled_programs.program(library, case | {"elements": elements})
+    return compiled_text.figures(compile_here(program), elements)
 
 
 CHIPS = 256
@@ -171,7 +171,7 @@ def collectives(library, axis_type, axes):
     x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over)
     with jax.set_mesh(mesh):
         compiled = jax.jit(gradient).lower(jax.tree.map(place, variables), x).compile()
-    return hlo.collectives(hlo.read(compiled.as_text()))
+    return compiled_text.collectives(compiled_text.read(compiled.as_text()))
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)

@@ -1,6 +1,6 @@
 """Compiles for one target: answers jobs, a line of JSON each.
 
-`python compile_worker.py TARGET`, in an environment that has the target's compiler. The first
+`python compiled_worker.py TARGET`, in an environment that has the target's compiler. The first
 line it writes says the versions. After that it answers {"library": ..., "case": ...} with the
 figures of the compiled program, and the seconds that it took to trace and compile.
 """
@@ -45,16 +45,16 @@ def versions() -> dict[str, str]:
 
 
 def figures(target: str, sharding: Any, library: str, case: dict[str, Any]) -> dict[str, Any]:
-    import hlo
+    import compiled_programs
+    import compiled_text
     import jax
-    import programs
 
     jax.clear_caches()
     start = time.perf_counter()
-    program = programs.program(library, case)
-    compiled = programs.compile_for(sharding, program, targets.OPTIONS.get(target))
+    program = compiled_programs.program(library, case)
+    compiled = compiled_programs.compile_for(sharding, program, targets.OPTIONS.get(target))
     seconds = time.perf_counter() - start
-    return hlo.figures(compiled, program.elements) | {"compile_seconds": seconds}
+    return compiled_text.figures(compiled, program.elements) | {"compile_seconds": seconds}
 
 
 if __name__ == "__main__":
