@@ -337,7 +337,8 @@ def test_a_part_of_one_value_per_feature_warns(step):
             5,
             -1,
             "ghost_batch_size is 5, but x has shape (24, 3, 5): its first axis does not divide "
-            "evenly. Choose a size that divides it, or drop the incomplete batch.",
+            "evenly. Choose a size that divides it, or drop the incomplete batch. "
+            "If another axis holds the examples, move it to the front with jnp.moveaxis.",
         ),
         (
             0,
@@ -349,7 +350,7 @@ def test_a_part_of_one_value_per_feature_warns(step):
             4,
             (0, -1),
             "ghost_batch_size is 4, but the first axis of x holds features, not examples. "
-            "Move the examples to the first axis.",
+            "Move the examples there with jnp.moveaxis.",
         ),
     ],
     ids=["uneven", "none", "features"],
@@ -358,6 +359,57 @@ def test_a_part_of_one_value_per_feature_warns(step):
 def test_a_size_that_does_not_fit(step, size, axis, message):
     x, *_ = batch()
     assert_refused(lambda: step(x, feature_axis=axis, ghost_batch_size=size), message)
+
+
+@every_layer
+def test_examples_on_the_last_axis(step):
+    """As in HWCN: the error says what to do, and that works."""
+    x, _, scale, bias = batch(rows=24, shape=(5, 5, 3))
+    hwcn = np.moveaxis(x, 0, -1)
+
+    def apply(x, axis):
+        return step(x, scale, bias, feature_axis=axis, ghost_batch_size=4)
+
+    assert_refused(
+        lambda: apply(hwcn, -2),
+        "ghost_batch_size is 4, but x has shape (5, 5, 3, 24): its first axis does not divide "
+        "evenly. Choose a size that divides it, or drop the incomplete batch. "
+        "If another axis holds the examples, move it to the front with jnp.moveaxis.",
+    )
+    chex.assert_trees_all_equal(apply(jnp.moveaxis(jnp.asarray(hwcn), -1, 0), -1), apply(x, -1))
+
+
+# Programs for batches of any size
+
+
+def any_size(size, f, shape):
+    """The program of f for x of a shape in which `size` is free."""
+    (rows,) = jax.export.symbolic_shape(size)
+    x = jax.ShapeDtypeStruct((rows, *shape), jnp.float32)
+    return jax.export.export(jax.jit(f))(x)
+
+
+@every_layer
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_free_number_of_ghost_batches(step, size):
+    x, _, scale, bias = batch()
+
+    def f(x):
+        return step(x, scale, bias, ghost_batch_size=size)
+
+    program = any_size(f"{size}*n", f, x.shape[1:])
+    for rows in (8, 24):
+        chex.assert_trees_all_close(program.call(x[:rows]), f(x[:rows]), rtol=1e-5, atol=1e-6)
+
+
+@every_layer
+def test_a_free_batch_that_need_not_divide(step):
+    assert_refused(
+        lambda: any_size("b", lambda x: step(x, ghost_batch_size=4), (3,)),
+        "ghost_batch_size is 4, but x has shape (b, 3): its first axis does not divide evenly. "
+        "Write the number of examples as a multiple of the size, such as 4*n. "
+        "If another axis holds the examples, move it to the front with jnp.moveaxis.",
+    )
 
 
 def test_a_refused_batch_leaves_the_state_as_it_was():

@@ -62,6 +62,21 @@ def test_linen_does_not_emit_in_evaluation():
     assert not updates.get("moments")
 
 
+def test_linen_emits_in_a_model_that_trains_where_its_statistics_are_mutable():
+    """What the guide says: named together the collections always work, the moments alone not."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            evaluates = not self.is_mutable_collection("batch_stats")
+            return bnjax.linen.BatchNorm(evaluates, use_scale=False, use_bias=False)(x)
+
+    variables, x = {"batch_stats": {"BatchNorm_0": fresh()}}, batch()
+    assert "moments" not in Model().apply(variables, x, mutable=["moments"])[1]
+    _, updates = Model().apply(variables, x, mutable=["moments", "batch_stats"])
+    assert_accurate(updates["moments"]["BatchNorm_0"]["moments"], reference.moments(x))
+
+
 def test_a_second_call_merges_in_linen():
     class Twice(nn.Module):
         @nn.compact
@@ -155,7 +170,7 @@ def test_gradients_flow_through_emitted_moments():
 )
 def test_updating_with_what_was_emitted_is_training(network, how):
     """Bit for bit, over three steps."""
-    net = network(**how)
+    net = network(**how, pivot="batch")  # others look at the statistics, which here differ
     trained = updated = net.stats
     update = functools.partial(bnjax.update_stats, **({"momentum": 0.99} | how))
     for seed in range(3):

@@ -31,7 +31,7 @@ def in_ghosts(
     shared = weights is None or weights.shape[0] == 1
 
     def split(a: Array) -> Array:
-        return a.reshape(len(a) // size, size, *a.shape[1:])
+        return a.reshape(a.shape[0] // size, size, *a.shape[1:])
 
     parts = weights if weights is None or shared else split(weights)
     y, m = jax.vmap(train, in_axes=(0, None if shared else 0))(split(x), parts)
@@ -47,19 +47,24 @@ def _check_size(size: int, x: Array, features: tuple[int, ...]) -> None:
     if 0 in features:
         raise ValueError(
             f"ghost_batch_size is {size}, but the first axis of x holds features, not examples. "
-            "Move the examples to the first axis."
+            "Move the examples there with jnp.moveaxis."
         )
-    if len(x) % size:
+    rows = x.shape[0]
+    if rows % size != 0:
+        cure = "Choose a size that divides it, or drop the incomplete batch."
+        if not isinstance(rows, int):
+            cure = f"Write the number of examples as a multiple of the size, such as {size}*n."
         raise ValueError(
             f"ghost_batch_size is {size}, but x has shape {x.shape}: its first axis does not "
-            "divide evenly. Choose a size that divides it, or drop the incomplete batch."
+            f"divide evenly. {cure} "
+            "If another axis holds the examples, move it to the front with jnp.moveaxis."
         )
     shards = _explicit_shards(x)
-    if (len(x) // shards) % size:
+    if rows // shards % size != 0:
         raise ValueError(
-            f"ghost_batch_size is {size}, but x has {len(x)} examples on {shards} shards of an "
+            f"ghost_batch_size is {size}, but x has {rows} examples on {shards} shards of an "
             "explicit mesh, and no ghost batch can lie on two. Choose a size that divides "
-            f"{len(x) // shards}, or a mesh with automatic axes."
+            f"{rows // shards}, or a mesh with automatic axes."
         )
 
 

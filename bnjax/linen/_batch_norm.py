@@ -26,9 +26,11 @@ class BatchNorm(Base[Moments]):
     `batch_stats/steps` counts them, an int32 scalar or whatever number a file gives. Evaluation
     needs none; training without it counts from 0, with a warning where that forgets statistics.
 
-    A training call with `mutable=["moments"]`, named like this, hands the batch's `Moments` out
-    in that collection instead of updating `batch_stats`; with both named it does both. A second
-    call merges into the first, and so does one that is given the collection.
+    A training call with `mutable=["moments", "batch_stats"]` hands the batch's `Moments` out, too,
+    in the collection that is named like this; a second call merges into the first, and so does
+    one that is given the collection. Who wants the moments alone leaves what else comes out, or
+    names `["moments"]` alone, which spares the update; but a model that takes an immutable
+    `batch_stats` for evaluation emits nothing then.
 
     Attributes:
       use_running_average: True in evaluation, False in training; here or in the call.
