@@ -7,6 +7,7 @@ ones by default), and with the default momentum of 0 they end at the batch's.
 
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -67,12 +68,21 @@ def _measure_then_apply(
 
 
 def linen_layer(
-    x, scale=None, bias=None, *, running=None, momentum=0.0, feature_axis=-1, where=None, **fields
+    x,
+    scale=None,
+    bias=None,
+    *,
+    running=None,
+    momentum=0.0,
+    feature_axis=-1,
+    where=None,
+    kind=bnjax.linen.BatchNorm,
+    **fields,
 ):
-    """A step of `bnjax.linen.BatchNorm`."""
+    """A step of `bnjax.linen.BatchNorm`, or of flax's."""
     mean, var = start(x, feature_axis) if running is None else running
     given = {"scale": scale, "bias": bias}
-    layer = bnjax.linen.BatchNorm(
+    layer = kind(
         use_running_average=False,
         axis=feature_axis,
         momentum=momentum,
@@ -89,12 +99,21 @@ def linen_layer(
 
 
 def nnx_layer(
-    x, scale=None, bias=None, *, running=None, momentum=0.0, feature_axis=-1, where=None, **fields
+    x,
+    scale=None,
+    bias=None,
+    *,
+    running=None,
+    momentum=0.0,
+    feature_axis=-1,
+    where=None,
+    kind=bnjax.nnx.BatchNorm,
+    **fields,
 ):
-    """A step of `bnjax.nnx.BatchNorm`."""
+    """A step of `bnjax.nnx.BatchNorm`, or of flax's."""
     mean, var = start(x, feature_axis) if running is None else running
-    layer = bnjax.nnx.BatchNorm(
-        mean.shape,
+    layer = kind(
+        mean.size if mean.ndim == 1 else mean.shape,  # flax's takes an integer
         axis=feature_axis,
         momentum=momentum,
         use_scale=scale is not None,
@@ -113,6 +132,7 @@ def nnx_layer(
 
 
 LAYERS = {"linen": linen_layer, "nnx": nnx_layer}
+FLAXS = {linen_layer: nn.BatchNorm, nnx_layer: nnx.BatchNorm}
 IMPLEMENTATIONS = {
     "batch_norm": _of_functions(bnjax.batch_norm),
     "moments, normalize": _of_functions(_measure_then_apply),

@@ -1,4 +1,7 @@
-"""The linen and the NNX layer: the same numbers bit for bit, the same errors and warnings."""
+"""The linen and the NNX layer: the same numbers bit for bit, the same errors and warnings.
+
+And what holds for either: masks as in flax, and what becomes of the state.
+"""
 
 import functools
 import re
@@ -9,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from checks import assert_same_bits
+from checks import assert_agree, assert_same_bits
 from flax import nnx
 from flax.errors import ScopeParamShapeError
+from implementations import FLAXS, every_layer, pull_back, start
 from samples import covering, well_scaled
 
 import bnjax.linen
@@ -425,3 +429,76 @@ def test_one_value_per_feature_is_no_matter_in_evaluation_or_over_replicas(make)
     m = reference.moments(xs)
     right = reference.normalize(xs, m.mean, m.var, **variables["params"])
     np.testing.assert_allclose(y, right.astype(float), atol=1e-5)
+
+
+# Masks and state.
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("kind", "momentum"))
+def step_with_gradients(step, x, dy, **settings):
+    """With a scale and a bias of no particular values."""
+    params = variables_of(x.shape[-1])["params"]
+    return pull_back(step, x, params["scale"], params["bias"], dy, **settings)
+
+
+@every_layer
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((6, 5, 3), bool), ((6, 5, 1), np.int32), ((6, 1, 1), bool), ((5, 1), bool), ((5, 3), bool)],
+)
+def test_masks_as_flax(step, shape, dtype):
+    x, dy = well_scaled(1, (6, 5, 3)), well_scaled(2, (6, 5, 3))
+    mask = jax.random.bernoulli(jax.random.key(0), 0.7, shape).astype(dtype)
+    ours = step_with_gradients(step, x, dy, where=mask)
+    # Flax's NNX layer takes booleans only.
+    theirs = step_with_gradients(step, x, dy, where=mask.astype(bool), kind=FLAXS[step])
+    assert_agree(ours, theirs)
+
+
+@every_layer
+def test_a_feature_mask_and_a_batch_of_one_are_masks_as_any(step):
+    x, dy = well_scaled(1, (6, 5, 3)), well_scaled(2, (6, 5, 3))
+    start = variables_of(3)["batch_stats"]
+    running = start["mean"], start["var"]
+    run = functools.partial(step_with_gradients, step, running=running, momentum=0.9)
+    unmasked, _ = run(x, dy)
+    for mask in (jnp.array([True, False, True]), jnp.array([[[True, False, True]]])):
+        out, _ = run(x, dy, where=mask)
+        for old, new, seen in zip(running, out[1:], unmasked[1:], strict=True):
+            np.testing.assert_allclose(new, jnp.where(mask.ravel(), seen, old), rtol=1e-6)
+        assert jnp.all(jnp.isfinite(out.y))
+    unmasked = run(x[:1], dy[:1])
+    for mask in (jnp.ones((1, 5, 1), bool), jnp.array(True)):
+        assert_agree(run(x[:1], dy[:1], where=mask), unmasked)
+
+
+@every_layer
+@pytest.mark.parametrize("mask", [jnp.zeros((8, 1), bool), jnp.zeros((8, 1)), jnp.array(False)])
+def test_an_all_masked_batch_leaves_the_state_untouched(step, mask):
+    x, dy = well_scaled(1, (8, 3)).at[2].set(jnp.nan), well_scaled(2, (8, 3))
+    running = jnp.array([1.0, 2, 3]), jnp.array([4.0, 5, 6])
+    out, gradients = step_with_gradients(step, x, dy, where=mask, running=running, momentum=0.0)
+    assert_same_bits(out[1:], running)
+    chex.assert_tree_all_finite((out.y, gradients))
+
+
+@every_layer
+@pytest.mark.parametrize("x_dtype", ["float32", "float64", "bfloat16", "float16", "complex64"])
+def test_state_keeps_its_dtype_over_100_steps(step, x_dtype):
+    with jax.enable_x64(True):
+        xs = well_scaled(1, (100, 16, 3), jnp.float64)
+        if x_dtype == "complex64":
+            xs = jax.lax.complex(xs, well_scaled(2, xs.shape, jnp.float64))
+        xs = xs.astype(x_dtype)
+
+        def body(running, x):
+            return step(x, running=running, momentum=0.9)[1:], None
+
+        (mean, var), _ = jax.jit(lambda s, xs: jax.lax.scan(body, s, xs))(start(xs[0]), xs)
+        right = 0, 1
+        for x in np.asarray(xs).astype(np.complex128 if x_dtype == "complex64" else float):
+            m = reference.moments(x)
+            right = 0.9 * right[0] + 0.1 * m.mean, 0.9 * right[1] + 0.1 * m.var
+        rtol = 1e-13 if x_dtype == "float64" else 1e-6
+        np.testing.assert_allclose(mean, right[0], rtol=rtol)
+        np.testing.assert_allclose(var, right[1], rtol=rtol)

@@ -21,9 +21,9 @@ from bnjax import Moments
 
 
 @functools.cache
-def measured(step, jit):
+def measured(step, jit=True, **settings):
     """The step with gradients, compiled once for all mean / std."""
-    f = functools.partial(pull_back, step)
+    f = functools.partial(pull_back, step, **settings)
     return jax.jit(f) if jit else f
 
 
@@ -101,8 +101,7 @@ def test_float64_is_accurate(step, jit, ratio):
 def test_the_running_mean_as_pivot_is_accurate_when_near(step, ratio, distance):
     (x, scale, bias, dy), (y, m, grads) = batch(4099, ratio)
     running = np.full(64, ratio + distance, np.float32), np.ones(64, np.float32)
-    f = jax.jit(functools.partial(pull_back, step, pivot="running"))
-    out, (dx, _, _) = f(x, scale, bias, dy, running=running)
+    out, (dx, _, _) = measured(step, pivot="running")(x, scale, bias, dy, running=running)
     condition = 1 + distance**2  # of the variance, as a difference of m2 and m1**2
     assert largest_error(out.y, y) <= 2e-6 * condition
     assert largest_error(out.var / m.var.astype(np.float64), 1) <= 2e-6 * condition
