@@ -1,5 +1,6 @@
 """Strict promotion, eight fake CPU devices, and what XLA compiles kept: set before JAX starts."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -14,13 +15,28 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax
 import pytest
 
+STATM = Path("/proc/self/statm")  # pages in all, resident pages, ...
 pytest.register_assert_rewrite("checks", "layouts", "whitening")  # to print what they compared
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def forget_compiled_programs():
-    """A worker holds the programs of one file at a time."""
+def forget_a_files_programs():
+    """JAX keeps all that it compiled: a worker holds the programs of one file at a time."""
     yield
+    forget_programs()
+
+
+@pytest.fixture(autouse=True)
+def stay_within_memory():
+    """Nor does it hold much more than 1 GB of them, where the system says what it holds."""
+    yield
+    if STATM.exists() and int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") > 2**30:
+        forget_programs()
+
+
+def forget_programs():
     jax.clear_caches()
+    if STATM.exists():
+        ctypes.CDLL(None).malloc_trim(0)  # what is freed goes back to the system
