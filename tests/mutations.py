@@ -26,10 +26,16 @@ MUTATIONS = [
     ("| jnp.isfinite(d), d, fill)", ", d, fill)", "moments normalize properties"),
     ("if w.shape[i] == 1\n", "if w.shape[i] > 0\n", "moments"),
     # Rounding, and what is there for a compiler's sake
-    ("(a - (high - moved)) + (b - moved)", "b - moved", "moments ema"),
-    ("return v / lax.optimization_barrier(jnp.ones_like(v))", "return v", "memory"),
+    ("((a - by) - (high - by)) + b", "0 * b", "moments ema"),
+    ("s = a + rounded(b)", "s = a + b", "moments normalize devices whiten"),
+    ("v if jnp.iscomplexobj(v) else v / ones for v in vs", "v for v in vs", "memory"),
+    ("return c / ones[0], c / ones[1]", "return c, c", "memory"),
+    ("cpu=lambda *pair: lax.optimization_barrier(pair)", "cpu=lambda *pair: pair", "memory"),
     ("checkpoint_name(a, MOMENTS_NAME)", "a", "memory"),
     ("max(32, 8 * size)", "10**9", "whiten"),
+    # Pivots
+    ("FAR = 4.0", "FAR = 1e30", "moments normalize"),
+    ("c = jnp.where(jnp.isfinite(c), c, 0)", "c = c + 0", "moments normalize"),
     # Merging
     ("within + share_a * share_b * a.shift(delta, a.second)", "within", "moments"),
     ("(b.mean - a.mean) + (b.remainder - a.remainder)", "b.mean - a.mean", "moments"),
@@ -40,21 +46,21 @@ MUTATIONS = [
     # Remembering
     ("jnp.expm1(log) / jnp.expm1(t * log)", "-jnp.expm1(log)", "ema"),
     ("jnp.where(above, m.count - ddof, 1)", "jnp.where(above, m.count, 1)", "ema"),
-    ("(e1 + new_rest - old.remainder)", "new_rest", "ema"),
+    ("(new_mean - old.mean) + (new_rest - old.remainder)", "new_mean - old.mean", "ema"),
     ("jnp.any(m.count > 0).astype(steps.dtype)", "jnp.ones_like(steps)", "trees"),
     # Applying
     ("about_c = Moments(ranked(mean - c),", "about_c = Moments(0 * ranked(c),", "normalize"),
     ("rest = jnp.broadcast_to(m.remainder, mean.shape)\n", "rest = 0 * mean\n", "normalize"),
-    ("@functools.partial(jax.checkpoint, static_argnums=(6, 7))\n", "", "memory"),
+    ("@recomputed\ndef _scaled", "def _scaled", "memory"),
     ("(old.var + epsilon)), 1 / r_max,", "(old.var + epsilon)), 0,", "renorm"),
     (" + (batch.remainder - old.remainder)\n", "\n", "renorm"),
     ("jnp.where(fine[:, None], 0, tolerance) * variances", "0 * variances", "whiten"),
     ("jnp.maximum(lacks, 0)", "(0 * lacks)", "whiten"),
     # Layers
-    ('== "running" and not initializing else None', '== "running" else None', "linen"),
+    ('!= "batch" and not initializing and', '!= "batch" and', "linen"),
     ("y, m if axis_name is None else pmerge(", "y, m if True else pmerge(", "ghost"),
-    ('if not emits or self.is_mutable_collection("batch_stats"):', "if not emits:", "trees"),
-    ("= lax.stop_gradient(value)", "= value", "nnx"),
+    ('not emits or self.is_mutable_collection("batch_stats")', "not emits", "trees"),
+    ("lax.stop_gradient(value))", "value)", "nnx"),
     # Networks
     ("jnp.max(steps, 0)", "jnp.min(steps, 0)", "trees"),
     ("jnp.where(finite, new, old)", "new", "recalibrate"),
@@ -64,20 +70,23 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-def place(text):
+def place(text, folder=ROOT):
     """The file in which this text stands, and nowhere else."""
-    files = [file for file in (ROOT / "bnjax").rglob("*.py") if text in file.read_text()]
+    files = [file for file in (folder / "bnjax").rglob("*.py") if text in file.read_text()]
     if len(files) != 1 or files[0].read_text().count(text) != 1:
         raise SystemExit(f"{text!r} stands in {[f.name for f in files]}: it must stand there once.")
-    return files[0].relative_to(ROOT)
+    return files[0]
 
 
 def run(folder, tests):
     """The first test that fails in this copy, or None."""
     command = [sys.executable, "-m", "pytest", "-x", "--tb=no", "-p", "no:cacheprovider", *tests]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+        "PYTHONDONTWRITEBYTECODE": "1",  # a file may change twice in a second
+    }
     done = subprocess.run(
-        command, cwd=folder, env=os.environ | cache, capture_output=True, text=True, check=False
+        command, cwd=folder, env=os.environ | settings, capture_output=True, text=True, check=False
     )
     if done.returncode == 0:
         return None
@@ -87,33 +96,36 @@ def run(folder, tests):
     return failed[1]
 
 
-def fate(text, replacement, names):
-    """What became of a mutation: (survived, in words)."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in COPIED:
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            copy(ROOT / name, Path(folder, name))
-        file = Path(folder, place(text))
-        file.write_text(file.read_text().replace(text, replacement))
-        failed = run(folder, [f"tests/test_{name}.py" for name in names.split()])
-        if failed is None:
-            return True, "survived"
-        shutil.copy(ROOT / place(text), file)
-        if run(folder, [failed]) is not None:
-            return True, f"{failed} fails without it, too"
-        return False, failed
+def fate(folder, text, replacement, names):
+    """What became of a mutation: whether it survived, and in words."""
+    file = place(text, folder)
+    whole = file.read_text()
+    file.write_text(whole.replace(text, replacement))
+    failed = run(folder, [f"tests/test_{name}.py" for name in names.split()])
+    file.write_text(whole)
+    if failed is None:
+        return True, "survived"
+    if run(folder, [failed]) is not None:
+        return True, f"{failed} fails without it, too"
+    return False, failed
 
 
 def main():
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     chosen = [mutation for mutation in MUTATIONS if wanted in mutation[0]]
-    for text, _, _ in chosen:
-        place(text)
     survivors = 0
-    for text, replacement, names in chosen:
-        survived, words = fate(text, replacement, names)
-        survivors += survived
-        print(f"{place(text)}: {text.strip()!r} -> {replacement.strip()!r}: {words}", flush=True)
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        for name in COPIED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, folder / name)
+        for text, _, _ in chosen:
+            place(text, folder)
+        for text, replacement, names in chosen:
+            survived, words = fate(folder, text, replacement, names)
+            survivors += survived
+            name = place(text, folder).relative_to(folder)
+            print(f"{name}: {text.strip()!r} -> {replacement.strip()!r}: {words}", flush=True)
     print(f"{survivors} of {len(chosen)} survived")
     return survivors > 0
 
