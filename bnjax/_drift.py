@@ -26,11 +26,15 @@ class Drift(NamedTuple):
         standard deviation.
       zscore: `[*features]`, the batch's mean in running standard deviations.
       dead: `[*features]`, whether all values of the batch were the same.
+      stderr: `[*features]`, the standard error of the batch's mean in the same unit: |zscore| of
+        about that size, up to four times among many features, is what so few values show by
+        chance. Positions of one image are not independent, and show more.
     """
 
     divergence: Array
     zscore: Array
     dead: Array
+    stderr: Array
 
 
 def drift(batch_stats: Tree, moments: Tree, *, epsilon: ArrayLike = 1e-5) -> dict[str, Drift]:
@@ -40,10 +44,12 @@ def drift(batch_stats: Tree, moments: Tree, *, epsilon: ArrayLike = 1e-5) -> dic
     z = (mean - running.mean) / sqrt(running.var + epsilon):
 
       divergence = (r - 1 - log(r) + |z|^2) / 2
+      stderr = sqrt(var / count / (running.var + epsilon))
 
-    which is the Kullback-Leibler divergence of the batch from what evaluation assumes (Kullback
+    The first is the Kullback-Leibler divergence of the batch from what evaluation assumes (Kullback
     and Leibler, 1951). Moments that were emitted in training mode do not depend on the running
-    statistics, so a layer is not blamed for what another one does.
+    statistics, so a layer is not blamed for what another one does. A feature of count 0 has
+    drifted by 0 and is not dead.
 
     Args:
       batch_stats, moments: as in `update_stats`.
@@ -61,8 +67,8 @@ def drift(batch_stats: Tree, moments: Tree, *, epsilon: ArrayLike = 1e-5) -> dic
       >>> batch_stats = {"norm": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}
       >>> m = {"norm": {"moments": bnjax.moments(jnp.array([[1.0, 7.0], [3.0, 7.0]]))}}
       >>> d = bnjax.drift(batch_stats, m)["norm"]
-      >>> print(d.zscore.round(2), d.divergence.round(2), d.dead)
-      [2. 7.] [ 2.   29.76] [False  True]
+      >>> print(d.zscore.round(2), d.divergence.round(2), d.dead, d.stderr.round(2))
+      [2. 7.] [ 2.   29.76] [False  True] [0.71 0.  ]
     """
     check_epsilon(epsilon)
 
@@ -72,7 +78,11 @@ def drift(batch_stats: Tree, moments: Tree, *, epsilon: ArrayLike = 1e-5) -> dic
         z = (m.mean - stats["mean"] + m.remainder) / jnp.sqrt(var)
         divergence = 0.5 * (ratio - 1 - jnp.log(ratio) + jnp.abs(z) ** 2)
         resolution = jnp.finfo(m.var.dtype).eps * jnp.abs(m.mean)
-        return Drift(divergence, z, jnp.sqrt(m.var) <= resolution)
+        dead = jnp.sqrt(m.var) <= resolution
+        seen = m.count > 0
+        stderr = jnp.sqrt(m.var / jnp.where(seen, m.count, 1).astype(m.var.dtype) / var)
+        divergence, z, stderr = (jnp.where(seen, p, 0) for p in (divergence, z, stderr))
+        return Drift(divergence, z, seen & dead, stderr)
 
     layers, _ = split_layers(batch_stats)
     return {name_of(path): d for path, d in zip_layers(compare, layers, moments).items()}
@@ -81,19 +91,24 @@ def drift(batch_stats: Tree, moments: Tree, *, epsilon: ArrayLike = 1e-5) -> dic
 def drift_table(drifts: dict[str, Drift]) -> str:
     """The result of `drift` as a table for people, with the layer to blame on top.
 
+    That is one with NaN, then the largest divergence. The standard error is that of the feature
+    with the largest |z|.
+
     Example:
       >>> import bnjax, jax.numpy as jnp
       >>> batch_stats = {"norm": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}
       >>> m = {"norm": {"moments": bnjax.moments(jnp.array([[1.0, 7.0], [3.0, 7.0]]))}}
       >>> print(bnjax.drift_table(bnjax.drift(batch_stats, m)))
-      layer  features  dead  divergence (nats): mean    max  largest |z|
-      norm          2     1                    15.88  29.76            7
+      layer  features  dead  divergence (nats): mean    max  largest |z|  standard error
+      norm          2     1                    15.88  29.76            7               0
     """
-    rows: list[tuple[str, ...]] = [
-        ("layer", "features", "dead", "divergence (nats): mean", "max", "largest |z|")
-    ]
-    for name, d in sorted(drifts.items(), key=lambda item: -np.max(item[1].divergence)):
-        figures = np.mean(d.divergence), np.max(d.divergence), np.max(np.abs(d.zscore))
+    heads = "features", "dead", "divergence (nats): mean", "max", "largest |z|", "standard error"
+    rows: list[tuple[str, ...]] = [("layer", *heads)]
+    for name, d in sorted(drifts.items(), key=_blame):
+        z = np.abs(d.zscore).ravel()
+        farthest = np.argmax(z)  # NaN, where there is one
+        stderr = np.ravel(d.stderr)[farthest]
+        figures = np.mean(d.divergence), np.max(d.divergence), z[farthest], stderr
         cells = (f"{figure:.4g}" for figure in figures)
         rows.append((name, str(np.size(d.dead)), str(np.sum(d.dead)), *cells))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -101,3 +116,9 @@ def drift_table(drifts: dict[str, Drift]) -> str:
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     )
     return "\n".join(lines)
+
+
+def _blame(item: tuple[str, Drift]) -> tuple[bool, float]:
+    """Sorts layers: NaN first, which is no number to sort by, then the largest divergence."""
+    worst = float(np.max(item[1].divergence))
+    return not np.isnan(worst), -worst

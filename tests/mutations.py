@@ -66,7 +66,11 @@ MUTATIONS = [
     ("jnp.where(finite, new, old)", "new", "recalibrate"),
     ('(m.mean - stats["mean"] + m.remainder)', '(m.mean - stats["mean"])', "drift"),
     ("shapes.get(path[:-1], ())", "set().union(*shapes.values())", "decay"),
+    ("seen & dead, stderr", "dead, stderr", "drift"),
     ("own.astype(dtype) * mul + add", "own.astype(dtype) + add", "fold"),
+    ("for side in (sides, -sides)", "for side in (abs(sides),)", "fold_model"),
+    ("for factors in (some, others))", "for factors in ())", "fold_model"),
+    ("pairs, run, shifts=True)", "pairs, run, shifts=False)", "fold_model"),
 ]  # fmt: skip
 
 
