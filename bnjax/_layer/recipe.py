@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -128,9 +128,24 @@ def decorrelated(group_size: int | None, method: Method, iterations: int) -> Rec
         size = check_group_size(group_size, math.prod(sizes))
         return jnp.tile(jnp.eye(size, dtype=dtype), (math.prod(sizes) // size, 1, 1))
 
-    def measure(x: Array, guess: Guess | None, **settings: Any) -> CovMoments:
-        # About a mean that is far off, the covariance may not be positive: no guesses.
-        return cov_moments(x, group_size=group_size, **settings)
+    def measure(
+        x: Array,
+        guess: Guess | None,
+        *,
+        feature_axis: Axes,
+        where: ArrayLike | None,
+        axis_name: AxisName | None = None,
+        axis_index_groups: Groups = None,
+    ) -> CovMoments:
+        """About a mean that is far off, the covariance may not be positive: no guesses."""
+        return cov_moments(
+            x,
+            feature_axis=feature_axis,
+            group_size=group_size,
+            where=where,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+        )
 
     apply = functools.partial(whiten, method=method, iterations=iterations)
     return Recipe(CovMoments, unit_covariance, measure, apply)

@@ -26,7 +26,8 @@ class DecorrelatedBatchNorm(Base[CovMoments]):
       group_size: how many neighbouring features are whitened together; by default all.
       method: "cholesky" or "newton_schulz", as in `bnjax.whiten`.
       iterations: of Newton-Schulz.
-      fields: the keywords of `BatchNorm`. A mask holds one value for each example.
+      fields: the keywords of `BatchNorm`, of which `pivot` changes nothing: a covariance is
+        measured about the batch's mean. A mask holds one value for each example.
 
     Raises:
       ValueError: for a group size that does not divide the number of features.
