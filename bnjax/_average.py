@@ -87,13 +87,18 @@ def remember(
     stats: Stats, m: Statistic, *, momentum: Momentum, debias: bool = False, ddof: int = 0
 ) -> Stats:
     """`ema` for one layer's variables: the new mean and second moment, and one step more."""
-    steps = stats.get("steps")
+    steps = as_steps(stats["steps"]) if "steps" in stats else None
     running = m.make(stats["mean"], stats[m.second_name()])
     new = ema(running, m, momentum=momentum, steps=steps, debias=debias, ddof=ddof)
     updated = {"mean": new.mean, m.second_name(): new.second}
     if steps is not None:
         updated["steps"] = steps + jnp.any(m.count > 0).astype(steps.dtype)
     return updated
+
+
+def as_steps(given: ArrayLike) -> Array:
+    """A number of updates as an array of its dtype: files and other libraries give numbers, too."""
+    return jnp.asarray(given, jnp.int32 if isinstance(given, int) else None)
 
 
 def _share(

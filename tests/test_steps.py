@@ -119,6 +119,17 @@ def test_numbers_of_any_kind_count(make, fields, steps):
         assert layer.stats["steps"] == expected
 
 
+@pytest.mark.parametrize("steps", NUMBERS, ids=lambda n: f"{type(n).__name__}")
+def test_numbers_of_any_kind_count_in_trees(steps):
+    m = {"norm": {"moments": bnjax.moments(X)}}
+    updated, plain = (
+        bnjax.update_stats({"norm": TRAINED | {"steps": n}}, m, momentum=None)["norm"]
+        for n in (steps, jnp.array(3))
+    )
+    assert updated["steps"] == 4
+    np.testing.assert_allclose(updated["mean"], plain["mean"], rtol=1e-6)
+
+
 def test_statistics_of_a_file_are_not_written_into():
     stats = {name: np.array(p) for name, p in TRAINED.items()} | {"steps": np.array(3)}
     kept = {name: p.copy() for name, p in stats.items()}

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from bnjax._arguments import is_static
-from bnjax._average import Stats
+from bnjax._average import Stats, as_steps
 from bnjax._layer.call import Layer
 from bnjax._layer.notices import warn
 from bnjax._layer.recipe import Recipe
@@ -24,7 +23,7 @@ def counts_steps(layer: Layer, recipe: Recipe[M]) -> bool:
 def read_steps(
     layer: Layer, steps: ArrayLike | None, stats: Stats, start: Callable[[], Stats]
 ) -> Array:
-    """The steps beside these statistics as an array: files and other libraries give numbers.
+    """The steps beside these statistics, as an array.
 
     Warns where they are missing or 0 and the average would take trained statistics for those
     of the `start`, as far as values can be seen.
@@ -38,9 +37,7 @@ def read_steps(
                 "momentum=None and debias=True replace them in the first step. "
                 "Give the number of updates that they come from as steps."
             )
-    if steps is None or isinstance(steps, int):
-        return jnp.asarray(steps or 0, jnp.int32)
-    return jnp.asarray(steps)
+    return as_steps(0 if steps is None else steps)
 
 
 def _is_zero(steps: ArrayLike | None) -> bool:
