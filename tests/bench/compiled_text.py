@@ -21,16 +21,13 @@ COLLECTIVES = {"all-reduce", "all-gather", "all-to-all", "collective-permute", "
 
 
 class Instruction(NamedTuple):
-    """`operands` are types as `type` is; those that are tuples are left out."""
+    """`operands` are names and types; of one that is a tuple the type is left out."""
 
+    name: str
     type: str
     opcode: str
-    operands: tuple[str, ...]
+    operands: list[tuple[str, str]]
     line: str
-
-    def arrays(self) -> list[tuple[int, int]]:
-        """(elements, bytes) of each array that it reads or writes."""
-        return [a for t in (self.type, *self.operands) for a in arrays(t)]
 
 
 Program = dict[str, list[Instruction]]  # of each computation; the entry's name is ENTRY
@@ -57,9 +54,9 @@ def _instructions(body: str) -> Iterator[Instruction]:
         end = _type_end(rest)
         types[name] = re.sub(r"\{[^{}]*\}", "", rest[:end])  # without layouts
         opcode, operands = re.match(r" ([\w\-]+)\((.*?)\)", rest[end:]).groups()
-        read = (types.get(operand, "") for operand in re.findall(r"%([\w.\-]+)", operands))
-        whole = tuple(t for t in read if not t.startswith("("))
-        yield Instruction(types[name], opcode, whole, line)
+        read = [(n, types.get(n, "")) for n in re.findall(r"%([\w.\-]+)", operands)]
+        whole = [(n, "" if t.startswith("(") else t) for n, t in read]
+        yield Instruction(name, types[name], opcode, whole, line)
 
 
 def _type_end(text: str) -> int:
@@ -80,14 +77,40 @@ def kernels(program: Program, computation: str = "ENTRY") -> list[Instruction]:
 
 def fused(program: Program, instruction: Instruction) -> list[Instruction]:
     """What an instruction is made of, down to the bottom; the branches of a conditional are not."""
-    called = re.findall(r"\bcalls=%?([\w.\-]+)", instruction.line)
-    inner = [i for name in called for i in program[name]]
+    inner = [i for name in _called(instruction) for i in program[name]]
     return inner + [j for i in inner for j in fused(program, i)]
 
 
-def passes(instruction: Instruction, elements: int) -> int:
+def _called(instruction: Instruction) -> list[str]:
+    return re.findall(r"\bcalls=%?([\w.\-]+)", instruction.line)
+
+
+def moved(program: Program, instruction: Instruction) -> list[tuple[int, int]]:
+    """(elements, bytes) of each array that it reads or writes; a slice if it reads no more."""
+    inside = [i for name in _called(instruction) for i in program[name]]
+    inputs = {
+        i.line.split("parameter(")[1].split(")")[0]: i.name
+        for i in inside
+        if i.opcode == "parameter"
+    }
+    types = [instruction.type]
+    for number, (_, kind) in enumerate(instruction.operands):
+        name = inputs.get(str(number))
+        uses = [i for i in inside if name in dict(i.operands)]
+        sliced = uses and all(i.opcode == "slice" for i in uses)
+        types += [i.type for i in uses] if sliced else [kind]
+    return [a for t in types for a in arrays(t)]
+
+
+def passes(program: Program, instruction: Instruction, elements: int) -> int:
     """How many arrays of so many elements or more it reads and writes."""
-    return sum(n >= elements for n, _ in instruction.arrays())
+    return sum(n >= elements for n, _ in moved(program, instruction))
+
+
+def _is_tiny(instruction: Instruction, elements: int) -> bool:
+    """Whether it has to do with no array of so many elements, nor with a slice of one."""
+    types = instruction.type, *(kind for _, kind in instruction.operands)
+    return all(n < elements for kind in types for n, _ in arrays(kind))
 
 
 def sums(program: Program, elements: int) -> tuple[int, int]:
@@ -104,7 +127,7 @@ def sums(program: Program, elements: int) -> tuple[int, int]:
 def _is_sum(reduce: Instruction, elements: int) -> bool:
     """Whether all axes but one are reduced, as batch normalization does."""
     vector = all("," not in dims for _, dims in ARRAY.findall(reduce.type))
-    return vector and passes(reduce, elements) > 0
+    return vector and any(n >= elements for _, kind in reduce.operands for n, _ in arrays(kind))
 
 
 def collectives(program: Program) -> dict[str, int]:
@@ -128,17 +151,17 @@ def figures(compiled: Any, elements: int) -> dict[str, Any]:
     program = read(compiled.as_text())
     ran = kernels(program)
     branching = [i for i in ran if i.opcode == "conditional"]
-    moved = _bytes_accessed(compiled)
+    accessed = _bytes_accessed(compiled)
     idle = sum(_moved_by_branches(program, i) for i in branching)
     cycles = [int(c) for i in ran for c in re.findall(r'"estimated_cycles":"?(\d+)', i.line)]
     epilogues, alone = sums(program, elements)
     return {
-        "bytes": moved,
-        "quiet_bytes": moved - idle,
+        "bytes": accessed,
+        "quiet_bytes": accessed - idle,
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "kernels": len(ran),
-        "tiny": sum(not passes(i, elements) for i in ran),
-        "passes": sum(passes(i, elements) for i in ran if i not in branching),
+        "tiny": sum(_is_tiny(i, elements) for i in ran),
+        "passes": sum(passes(program, i, elements) for i in ran if i not in branching),
         "cycles": sum(cycles),
         "conditionals": len(branching),
         "epilogues": epilogues,
@@ -155,11 +178,12 @@ def branches(program: Program, conditional: Instruction) -> list[list[Instructio
 
 
 def _moved_by_branches(program: Program, conditional: Instruction) -> int:
-    """Bytes that the analysis counts, and a step moves only where it takes the longest branch."""
-    moved = [
-        sum(b for i in branch for _, b in i.arrays()) for branch in branches(program, conditional)
+    """Bytes that the analysis counts, but that the shorter branch does not move."""
+    of_branches = [
+        sum(size for i in branch for _, size in moved(program, i))
+        for branch in branches(program, conditional)
     ]
-    return max(moved) - min(moved)
+    return max(of_branches) - min(of_branches)
 
 
 def _bytes_accessed(compiled: Any) -> float:

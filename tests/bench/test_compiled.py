@@ -71,7 +71,7 @@ def test_a_quiet_branch_moves_nothing(shape, dtype):
     conditionals = [i for i in program["ENTRY"] if i.opcode == "conditional"]
     assert len(conditionals) == 1
     moved = sorted(
-        sum(compiled_text.passes(kernel, math.prod(shape)) for kernel in branch)
+        sum(compiled_text.passes(program, kernel, math.prod(shape)) for kernel in branch)
         for branch in compiled_text.branches(program, conditionals[0])
     )
     assert moved[0] == 0 < moved[1]
