@@ -30,7 +30,7 @@ from bnjax import _masks
 from bnjax._arguments import Shape
 from bnjax._rounding import abs2, near
 from bnjax._statistic import AxisName, Groups, psum
-from bnjax._xla import apart, derivative, moving_of, saved, sharded_axes
+from bnjax._xla import apart, derivative, moving_of, per_backend, saved, sharded_axes
 
 FAR = 4.0  # variances; a mean farther from the pivot would cost the variance digits
 
@@ -75,17 +75,15 @@ def sums(
     `slack` is added to the variance where the guard compares the two.
     """
     measure = functools.partial(_measure, program)
-    on_gpu = functools.partial(measure, _staged, samples=True)
-    return lax.platform_dependent(
+    return per_backend(
         x,
         c,
         w,
         count,
         slack,
         cpu=functools.partial(measure, _apart),
-        cuda=on_gpu,
-        rocm=on_gpu,
-        default=functools.partial(measure, _together),
+        gpu=functools.partial(measure, _staged, samples=True),
+        tpu=functools.partial(measure, _together),
     )
 
 

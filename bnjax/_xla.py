@@ -28,6 +28,18 @@ MOMENTS_NAME = "bnjax_moments"  # what policies of `jax.checkpoint` know the sta
 EXACT = lax.Precision.HIGHEST  # accelerators round the factors of a product to 16 bits otherwise
 
 
+forced: str | None = None  # "cpu", "gpu" or "tpu": whose programs run, whatever backend it is
+
+
+def per_backend(
+    *args: Any, cpu: Callable[..., Any], gpu: Callable[..., Any], tpu: Callable[..., Any]
+) -> Any:
+    """One of these of the arguments, chosen when the program is lowered. Others count as a TPU."""
+    if forced is not None:  # by tests, which have but a CPU
+        return {"cpu": cpu, "gpu": gpu, "tpu": tpu}[forced](*args)
+    return lax.platform_dependent(*args, cpu=cpu, cuda=gpu, rocm=gpu, default=tpu)
+
+
 def once(positive: Array, *vs: Array) -> tuple[Array, ...]:
     """vs, computed once for each feature and not again for each element.
 
@@ -102,9 +114,14 @@ def _fenced(x: Array, c: Array) -> tuple[Array, Array]:
     """
     if _varies(x) != _varies(c):  # behind one barrier both would vary over the same mapped axes
         return x, c
-    return lax.platform_dependent(
-        x, c, cpu=lambda *pair: lax.optimization_barrier(pair), default=lambda *pair: pair
-    )
+
+    def as_it_is(x: Array, c: Array) -> tuple[Array, Array]:
+        return x, c
+
+    def barrier(x: Array, c: Array) -> tuple[Array, Array]:
+        return lax.optimization_barrier((x, c))
+
+    return per_backend(x, c, cpu=barrier, gpu=as_it_is, tpu=as_it_is)
 
 
 def _varies(x: Array) -> Any:
