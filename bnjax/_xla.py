@@ -4,11 +4,11 @@
 |---|---|---|---|
 | `once` | CPU | loops over elements repeat arithmetic on features | test_memory |
 | `apart` | CPU, from JAX 0.10 | a difference that two sums share is written out | test_memory |
-| `recomputed`, `derivative` | TPU, GPU | `jax.checkpoint` has a barrier around cotangents | test_compiled |
+| `recomputed`, `derivative` | TPU, GPU | a checkpoint has barriers on cotangents | test_compiled |
 | their barrier | CPU, from JAX 0.10 | x - c of the forward pass would be kept | test_memory |
 | `saved` and the policy | all | else rematerialization repeats sums, collectives | test_memory |
 | `blocked_product` | CPU | products of small matrices are added row by row | test_whiten |
-| guards, samples, parts (`_sums.py`) | each | as few reads of x as can be | test_sums, test_compiled |
+| the programs of `_sums.py` | each | as few reads of x as can be | test_sums, test_compiled |
 
 The test is the one that fails without the trick.
 """
