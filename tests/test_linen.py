@@ -55,7 +55,14 @@ def test_fields_defaults_and_call_are_flaxs():
         {f.name: f.default for f in dataclasses.fields(layer) if f.name not in ("parent", "name")}
         for layer in BOTH
     )
-    beyond = {"pivot": "auto", "debias": False, "ddof": 0, "ghost_batch_size": None}
+    beyond = {
+        "pivot": "auto",
+        "debias": False,
+        "ddof": 0,
+        "ghost_batch_size": None,
+        "eval_momentum": 1.0,
+        "skip_nonfinite": False,
+    }
     assert dict(list(ours.items())[-len(beyond) :]) == beyond
     ours = {name: default for name, default in ours.items() if name not in beyond}
     assert list(ours.items()) == list(theirs.items())

@@ -2,11 +2,12 @@
 
 from typing import Protocol
 
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax._arguments import Axes
-from bnjax._average import Momentum, Stats
+from bnjax._arguments import Axes, is_static
+from bnjax._average import Momentum, Stats, ema
 from bnjax._layer.ghosts import in_ghosts
 from bnjax._layer.notices import warn_of_single_values
 from bnjax._layer.recipe import Apply, Recipe
@@ -33,6 +34,10 @@ class Layer(Protocol):
     def debias(self) -> bool: ...
     @property
     def ghost_batch_size(self) -> int | None: ...
+    @property
+    def eval_momentum(self) -> float: ...
+    @property
+    def skip_nonfinite(self) -> bool: ...
 
 
 def call(
@@ -58,9 +63,29 @@ def call(
             x, m, scale, bias, feature_axis=axis, where=mask, epsilon=layer.epsilon, dtype=dtype
         )
 
+    def measure(
+        x: Array,
+        mask: ArrayLike | None,
+        guess: Guess | None,
+        axis_name: AxisName | None = None,
+        groups: Groups = None,
+    ) -> M:
+        return recipe.measure(
+            x,
+            guess,
+            feature_axis=axis,
+            where=mask,
+            axis_name=axis_name,
+            axis_index_groups=groups,
+        )
+
     if use_running_average or (initializing and x.size == 0):
-        running = recipe.running(stats)
-        return run(recipe.apply, x, running, mask), None
+        m = recipe.running(stats)
+        if not initializing and not (is_static(layer.eval_momentum) and layer.eval_momentum == 1):
+            # With a remainder, so that what is left of a large mean is not rounded away.
+            m = m.make(m.mean, m.second, remainder=jnp.zeros_like(m.mean))
+            m = ema(m, measure(x, mask, None, axis_name, groups), momentum=layer.eval_momentum)
+        return run(recipe.apply, x, m, mask), None
     apply = recipe.apply if recipe.correct is None else recipe.correct(stats)
     ghosts = layer.ghost_batch_size
     guess = None
@@ -70,14 +95,7 @@ def call(
     def train(
         x: Array, mask: ArrayLike | None, axis_name: AxisName | None = None, groups: Groups = None
     ) -> tuple[Array, M]:
-        m = recipe.measure(
-            x,
-            guess,
-            feature_axis=axis,
-            where=mask,
-            axis_name=axis_name,
-            axis_index_groups=groups,
-        )
+        m = measure(x, mask, guess, axis_name, groups)
         return run(apply, x, m, mask), m
 
     if initializing:
@@ -85,7 +103,18 @@ def call(
     if ghosts is None:
         y, m = train(x, mask, axis_name, groups)
         warn_of_single_values(recipe.of_one_value, x.shape, axis, axis_name)
-        return y, m
+        return y, _finite_only(m) if layer.skip_nonfinite else m
     y, m = in_ghosts(train, x, mask, ghosts, axis)
     warn_of_single_values(recipe.of_one_value, (ghosts, *x.shape[1:]), axis, None)
-    return y, m if axis_name is None else pmerge(m, axis_name, axis_index_groups=groups)
+    m = m if axis_name is None else pmerge(m, axis_name, axis_index_groups=groups)
+    return y, _finite_only(m) if layer.skip_nonfinite else m
+
+
+def _finite_only(m: M) -> M:
+    """The same, but features whose mean or variance is not finite count as not seen."""
+    finite = jnp.isfinite(m.mean), jnp.isfinite(m.second)
+    if m.second.shape == m.mean.shape:
+        seen = finite[0] & finite[1]
+    else:  # a covariance has one count for all of its features
+        seen = jnp.all(finite[0]) & jnp.all(finite[1])
+    return m.make(m.mean, m.second, jnp.where(seen, m.count, 0), m.remainder)

@@ -53,6 +53,8 @@ class Base(Mode, Generic[M]):
     debias: bool = False
     ddof: int = 0
     ghost_batch_size: int | None = dataclasses.field(default=None, kw_only=True)
+    eval_momentum: float = dataclasses.field(default=1.0, kw_only=True)
+    skip_nonfinite: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def _recipe(self) -> Recipe[M]:

@@ -34,8 +34,9 @@ class DecorrelatedBatchNorm(Base[CovMoments], Groups):
       iterations: of Newton-Schulz.
       use_running_average, axis, momentum, epsilon, dtype, param_dtype, use_bias, use_scale,
         bias_init, scale_init, axis_name, axis_index_groups, debias, ddof, and keyword-only
-        use_fast_variance, force_float32_reductions, ghost_batch_size: as in `BatchNorm`. A mask
-        holds one value for each example: a covariance needs all features.
+        use_fast_variance, force_float32_reductions, ghost_batch_size, eval_momentum,
+        skip_nonfinite (for all features at once): as in `BatchNorm`. A mask holds one value for
+        each example: a covariance needs all features.
       pivot: keyword-only, and changes nothing: a covariance is measured about the batch's mean.
 
     Example:

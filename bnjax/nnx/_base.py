@@ -70,6 +70,8 @@ class Base(nnx.Module, Generic[M]):
         ddof: int = 0,
         emit: bool | Literal["only"] = False,
         ghost_batch_size: int | None = None,
+        eval_momentum: float = 1.0,
+        skip_nonfinite: bool = False,
     ) -> None:
         sizes = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
         for name, value in self._recipe.initial(sizes, promote(param_dtype)).items():
@@ -97,6 +99,8 @@ class Base(nnx.Module, Generic[M]):
         self.ddof = ddof
         self.emit = emit
         self.ghost_batch_size = ghost_batch_size
+        self.eval_momentum = eval_momentum
+        self.skip_nonfinite = skip_nonfinite
         if counts_steps(self, self._recipe):
             self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
 

@@ -60,6 +60,12 @@ class BatchNorm(Base[Moments]):
       emit: True to emit the moments besides remembering them, "only" to emit them instead.
       ghost_batch_size: how many consecutive examples of the first axis are normalized together
         in training, as in `bnjax.linen.BatchNorm`. By default the whole batch.
+      eval_momentum: the share of the running statistics in evaluation; the rest is this batch's
+        (Schneider et al., 2020: N / (N + n), for n examples that weigh against N of training).
+        0 is the batch's statistics alone (Nado et al., 2020). Below 1 an `axis_name` must be
+        mapped. No state is written.
+      skip_nonfinite: whether features whose batch mean or variance is not finite count as not
+        seen, so that they leave the running statistics as they are. The output stays what it is.
 
     Example:
       >>> import bnjax, jax.numpy as jnp
