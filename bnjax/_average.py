@@ -31,12 +31,14 @@ def ema(
       mean = momentum * running.mean + (1 - momentum) * batch.mean, and so for var
 
     The count becomes the number of values seen so far; features that `batch` has no value of
-    stay as they were. Every field keeps the shape and dtype that it has in `running`, so the
-    result can be carried through `lax.scan`. A remainder as long as the mean is kept up to
-    date; a scalar one stays zero. A scalar count takes the largest of the batch's counts.
+    stay as they were. Every field keeps the shape, the dtype and (on an explicit mesh) the
+    sharding that it has in `running`, so `lax.scan` can carry the result. A remainder as long
+    as the mean is kept up to date; a scalar one stays zero. A scalar count takes the largest of
+    the batch's counts.
 
     Args:
-      running: the statistics so far, to start with `Moments(zeros, ones)`.
+      running: the statistics so far, to start with `Moments.initial`, or
+        `Moments(zeros, ones)` as a layer does.
       batch: from `moments`, `merge` or `pmerge`.
       momentum: the share that is kept, a scalar in [0, 1] (PyTorch's momentum is 1 minus it);
         or a schedule, a function of `steps` as in optax; or None for the plain average over
@@ -63,7 +65,7 @@ def ema(
     check_ddof(ddof)
     fields = running.mean, running.second, running.count, running.remainder
     kept = running.make(*map(jnp.asarray, fields))
-    features, second = jnp.shape(batch.mean), jnp.shape(batch.second)
+    features, second = np.shape(batch.mean), np.shape(batch.second)
     check_features("running.mean", kept.mean.shape, features)
     name = f"running.{kept.second_name()}"
     if second == features:
@@ -140,22 +142,24 @@ def _share(
 
 @functools.partial(jax.jit, static_argnames="ddof")
 def _step(kept: M, batch: M, share: ArrayLike, *, ddof: int) -> M:
-    """old + share (new - old), with the rounding errors of all steps in the remainder.
+    """old + share (new - old), with the rounding errors of all steps in the mean's remainder.
 
-    Where nothing was seen the share is 0: a `where` between old and new would ask both to be
-    sharded alike.
+    The second moment goes the shorter way, from old or from new: it adds up no rounding, and a
+    share of 1 gives the new one. Where nothing was seen everything stays.
     """
     dtype = promote(kept.mean.dtype, jnp.result_type(batch.mean))
-    old, new = cast(kept, dtype), cast(batch, dtype)
-    seen = new.count > 0
-    new_mean, new_rest = jnp.where(seen, new.mean, 0), jnp.where(seen, new.remainder, 0)
+    old, new = cast(kept, dtype), _like(cast(batch, dtype), kept)
+    seen, above = new.count > 0, new.count > ddof
     share = jnp.asarray(share, real_dtype(dtype))
-    of_mean = jnp.where(seen, share, 0)
+    of_mean = jnp.where(seen, share, 0).astype(dtype)
+    new_mean, new_rest = jnp.where(seen, new.mean, 0), jnp.where(seen, new.remainder, 0)
     gap = (new_mean - old.mean) + (new_rest - old.remainder)
-    mean, remainder = total(old.mean, old.remainder + of_mean.astype(dtype) * gap)
-    of_second = jnp.where(new.count > ddof, share, 0).astype(old.second.dtype)
-    new_second = jnp.where(seen, unbiased(new, ddof), 0)
-    second = (1 - of_second) * old.second + of_second * new_second
+    mean, remainder = total(old.mean, old.remainder + of_mean * gap)
+    share = share.astype(old.second.dtype)
+    target = jnp.where(above, unbiased(new, ddof), old.second)
+    change = jnp.where(above, target - old.second, 0)
+    from_old, from_new = old.second + share * change, target - (1 - share) * change
+    second = jnp.where(jnp.real(share) < 0.5, from_old, from_new)
     count = old.count + (new.count if old.count.ndim else jnp.max(new.count))
     if kept.remainder.shape != kept.mean.shape:
         mean, remainder = mean + remainder, kept.remainder
@@ -165,6 +169,19 @@ def _step(kept: M, batch: M, share: ArrayLike, *, ddof: int) -> M:
         count.astype(kept.count.dtype),
         remainder.astype(kept.remainder.dtype),
     )
+
+
+def _like(new: M, old: M) -> M:
+    """The new statistic where the old one lies, on a mesh whose axes are explicit."""
+
+    def place(p: Array, like: Array) -> Array:
+        like = like if p.shape == like.shape else old.mean  # where a scalar is every feature's
+        here, there = jax.typeof(p).sharding, jax.typeof(like).sharding
+        if p.shape != like.shape or here == there or here.mesh != there.mesh:
+            return p
+        return jax.sharding.reshard(p, there)
+
+    return jax.tree.map(place, new, old)
 
 
 def unbiased(m: Statistic, ddof: int) -> Array:

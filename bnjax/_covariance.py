@@ -2,10 +2,12 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -41,6 +43,31 @@ class CovMoments(NamedTuple):
     count: Any = 0.0
     remainder: Any = 0.0
 
+    @classmethod
+    def initial(
+        cls,
+        features: int | Sequence[int],
+        dtype: DTypeLike = jnp.float32,
+        group_size: int | None = None,
+    ) -> Self:
+        """Nothing seen, as `Moments.initial`: the covariance is the identity in each group.
+
+        Args:
+          features: the number of features, or the shape of several feature axes.
+          dtype: of the mean: that of the input, but at least float32.
+          group_size: as in `cov_moments`.
+
+        Example:
+          >>> import bnjax
+          >>> m = bnjax.CovMoments.initial(4, group_size=2)
+          >>> print(m.mean, m.cov.shape, m.count)
+          [0. 0. 0. 0.] (2, 2, 2) 0.0
+        """
+        mean = jnp.zeros(features, promote(dtype))
+        size = check_group_size(group_size, mean.size)
+        cov = jnp.tile(jnp.eye(size, dtype=mean.dtype), (mean.size // size, 1, 1))
+        return cls(mean, cov, jnp.zeros((), real_dtype(mean.dtype)), mean)
+
     @property
     def second(self) -> Any:
         """The covariance."""
@@ -50,7 +77,7 @@ class CovMoments(NamedTuple):
     def var(self) -> Array:
         """The variances alone, `[*features]`: the covariance's diagonal."""
         diagonal = jnp.real(jnp.diagonal(jnp.asarray(self.cov), axis1=-2, axis2=-1))
-        return diagonal.reshape(jnp.shape(self.mean))
+        return diagonal.reshape(np.shape(self.mean))
 
     @classmethod
     def make(

@@ -15,6 +15,7 @@ from bnjax._trees import (
     Tree,
     is_statistic,
     map_layers,
+    moments_by_path,
     per_layer,
     stacked_layers,
 )
@@ -91,11 +92,21 @@ def recalibrate(
 @jax.jit
 def _add(total: Tree | None, moments: Tree) -> tuple[Tree, Array]:
     """The merge, and whether the new moments are finite; otherwise the total stays."""
-    finite = jnp.all(jnp.array([jnp.isfinite(p).all() for p in jax.tree.leaves(moments)]))
+    finite = jnp.all(jnp.array([_is_finite(m) for m in moments_by_path(moments).values()]))
     if total is None:
         total = jax.tree.map(jnp.zeros_like, moments)
     merged = jax.tree.map(_merge, total, moments, is_leaf=is_statistic)
     return jax.tree.map(lambda old, new: jnp.where(finite, new, old), total, merged), finite
+
+
+def _is_finite(m: Statistic) -> Array:
+    """Whether all is, but for what counts nothing."""
+
+    def is_finite(m: Statistic) -> Array:
+        parts = (jnp.where(m.count == 0, 0, p) for p in (m.mean, m.second, m.remainder, m.count))
+        return jnp.all(jnp.array([jnp.isfinite(p).all() for p in parts]))
+
+    return jnp.all(per_layer(is_finite, stacked_layers(m))(m))
 
 
 def _merge(a: Statistic, b: Statistic) -> Statistic:

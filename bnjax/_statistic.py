@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Sequence
 from typing import Any, Protocol, Self, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
@@ -81,8 +82,11 @@ def merge(a: M, b: M) -> M:
 
       mean = mean_a + delta n_b / n,  var = (n_a var_a + n_b var_b) / n + |delta|^2 n_a n_b / n^2
 
-    Associative and commutative to rounding. An operand with count 0 changes nothing, whatever
-    else it holds. Microbatches, shards and the batches of a data set all merge like this.
+    computed as a step from the operand with the larger count, so that a long chain of merges
+    adds up no rounding. Associative and commutative to rounding. An operand with count 0 changes
+    nothing, whatever else it holds, so `m._replace(count=jnp.where(finite, m.count, 0))` leaves
+    a bad batch out. Microbatches, shards and the batches of a data set all merge like this; a
+    scan over them starts from `Moments.initial`.
 
     Example:
       >>> import bnjax, jax.numpy as jnp
@@ -94,16 +98,19 @@ def merge(a: M, b: M) -> M:
     """
     dtype = promote(jnp.result_type(a.mean), jnp.result_type(b.mean))
     a, b = cast(a, dtype), cast(b, dtype)
-    has_a, has_b, n = a.count > 0, b.count > 0, a.count + b.count
-    share_a, share_b = a.count / jnp.where(n > 0, n, 1), b.count / jnp.where(n > 0, n, 1)
-    delta = jnp.where(has_a & has_b, (b.mean - a.mean) + (b.remainder - a.remainder), 0)
-    base = jnp.where(has_a, a.mean, jnp.where(has_b, b.mean, 0))
-    rest = jnp.where(has_a, a.remainder, jnp.where(has_b, b.remainder, 0))
-    mean, remainder = total(base, rest + share_b.astype(dtype) * delta)
-    share_a, share_b = (p.astype(a.second.dtype) for p in (share_a, share_b))
-    within = share_a * jnp.where(has_a, a.second, 0) + share_b * jnp.where(has_b, b.second, 0)
-    second = within + share_a * share_b * a.shift(delta, a.second)
-    return a.make(mean, jnp.where(n > 0, second, a.unseen(second)), n, remainder)
+    n, swap = a.count + b.count, b.count > a.count
+    large = jax.tree.map(lambda p, q: jnp.where(swap, q, p), a, b)
+    small = jax.tree.map(lambda p, q: jnp.where(swap, p, q), a, b)
+    any_large, any_small = large.count > 0, small.count > 0
+    share = small.count / jnp.where(any_large, n, 1)
+    gap = (small.mean - large.mean) + (small.remainder - large.remainder)
+    delta, base = jnp.where(any_small, gap, 0), jnp.where(any_large, large.mean, 0)
+    rest = jnp.where(any_large, large.remainder, 0)
+    mean, remainder = total(base, rest + share.astype(dtype) * delta)
+    share = share.astype(a.second.dtype)
+    change = jnp.where(any_small, small.second - large.second, 0)
+    second = large.second + share * (change + (1 - share) * a.shift(delta, change))
+    return a.make(mean, jnp.where(any_large, second, a.unseen(second)), n, remainder)
 
 
 def pmerge(m: M, axis_name: AxisName, *, axis_index_groups: Groups = None) -> M:
@@ -130,11 +137,12 @@ def pmerge(m: M, axis_name: AxisName, *, axis_index_groups: Groups = None) -> M:
       [5.] [5.] [14.] 4.0
     """
     m = cast(m, promote(jnp.result_type(m.mean)))
-    n = m.count.astype(m.mean.dtype)
-    s, n_all = saved(psum(lax.stop_gradient((n * m.mean, n)), axis_name, axis_index_groups))
+    n, seen = m.count.astype(m.mean.dtype), m.count > 0
+    s = jnp.where(seen, n * m.mean, 0)
+    s, n_all = saved(psum(lax.stop_gradient((s, n)), axis_name, axis_index_groups))
     pivot = near(s / jnp.where(n_all != 0, n_all, 1))
-    delta = (m.mean - pivot) + m.remainder
-    second = m.second + m.shift(delta, m.second)
+    delta = jnp.where(seen, (m.mean - pivot) + m.remainder, 0)
+    second = jnp.where(seen, m.second, 0) + m.shift(delta, m.second)
     parts = n * delta, m.count.astype(second.dtype) * second, m.count
     s1, s2, count = saved(psum(parts, axis_name, axis_index_groups))
     return from_sums(type(m), pivot, s1, s2, count)
@@ -147,12 +155,13 @@ def merge_parts(m: M) -> M:
         """p with the rank of the other: one count may be all features'."""
         return p.reshape(p.shape + (1,) * (like.ndim - p.ndim)).astype(like.dtype)
 
-    n = ranked(m.count, m.mean)
-    s, n_all = (jnp.sum(p, 0, keepdims=True) for p in lax.stop_gradient((n * m.mean, n)))
+    n, n2 = ranked(m.count, m.mean), ranked(m.count, m.second)
+    s = jnp.where(n != 0, n * m.mean, 0)
+    s, n_all = (jnp.sum(p, 0, keepdims=True) for p in lax.stop_gradient((s, n)))
     pivot = near(s / jnp.where(n_all != 0, n_all, 1))
-    delta = (m.mean - pivot) + ranked(m.remainder, m.mean)
-    second = m.second + m.shift(delta, m.second)
-    s1, s2 = jnp.sum(n * delta, 0), jnp.sum(ranked(m.count, second) * second, 0)
+    delta = jnp.where(n != 0, (m.mean - pivot) + ranked(m.remainder, m.mean), 0)
+    second = jnp.where(n2 != 0, m.second, 0) + m.shift(delta, m.second)
+    s1, s2 = jnp.sum(n * delta, 0), jnp.sum(n2 * second, 0)
     return from_sums(type(m), pivot.squeeze(0), s1, s2, jnp.sum(m.count, 0))
 
 

@@ -2,21 +2,18 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Generic, Literal, Protocol, TypeVar
 
-import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax._arguments import Axes, Shape
 from bnjax._average import Stats
-from bnjax._covariance import CovMoments, check_group_size, cov_moments
+from bnjax._covariance import CovMoments, cov_moments
 from bnjax._moments import Moments, moments_near
 from bnjax._normalize import normalize
 from bnjax._renormalize import renormalize
-from bnjax._rounding import real_dtype
 from bnjax._statistic import AxisName, Groups, M
 from bnjax._sums import Guess
 from bnjax._whiten import whiten
@@ -65,7 +62,7 @@ class Recipe(Generic[M]):
 
     Attributes:
       statistic: what it measures and remembers.
-      start: the second moment before the first batch, for features of these sizes.
+      start: the statistic before the first batch, for features of these sizes.
       measure: gives the statistic of a batch.
       apply: gives the output, in training with the batch's statistic, else with the running one.
       correct: what gives the output in training instead, made of the running statistics.
@@ -74,7 +71,7 @@ class Recipe(Generic[M]):
     """
 
     statistic: type[M]
-    start: Callable[[Shape, DTypeLike], Array]
+    start: Callable[[Shape, DTypeLike], M]
     measure: Measure[M]
     apply: Apply[M]
     correct: Callable[[Stats], Apply[M]] | None = None
@@ -88,19 +85,15 @@ class Recipe(Generic[M]):
 
     def initial(self, sizes: Shape, dtype: DTypeLike) -> Stats:
         """What is remembered before the first batch, for features of these sizes."""
-        start = jnp.zeros(sizes, dtype), self.start(sizes, dtype)
-        return dict(zip(self.names, start, strict=True))
+        start = self.start(sizes, dtype)
+        return dict(zip(self.names, (start.mean, start.second), strict=True))
 
     def running(self, stats: Stats) -> M:
         """What is remembered, as a statistic."""
         return self.statistic.make(*(stats[name] for name in self.names))
 
 
-def _unit_variance(sizes: Shape, dtype: DTypeLike) -> Array:
-    return jnp.ones(sizes, real_dtype(dtype))
-
-
-BATCH_NORM = Recipe(Moments, _unit_variance, moments_near, normalize)
+BATCH_NORM = Recipe(Moments, Moments.initial, moments_near, normalize)
 
 
 def batch_renorm(r_max: Limit, d_max: Limit) -> Recipe[Moments]:
@@ -124,10 +117,6 @@ def batch_renorm(r_max: Limit, d_max: Limit) -> Recipe[Moments]:
 def decorrelated(group_size: int | None, method: Method, iterations: int) -> Recipe[CovMoments]:
     """Whitening by covariances in groups of features."""
 
-    def unit_covariance(sizes: Shape, dtype: DTypeLike) -> Array:
-        size = check_group_size(group_size, math.prod(sizes))
-        return jnp.tile(jnp.eye(size, dtype=dtype), (math.prod(sizes) // size, 1, 1))
-
     def measure(
         x: Array,
         guess: Guess | None,
@@ -147,5 +136,6 @@ def decorrelated(group_size: int | None, method: Method, iterations: int) -> Rec
             axis_index_groups=axis_index_groups,
         )
 
+    start = functools.partial(CovMoments.initial, group_size=group_size)
     apply = functools.partial(whiten, method=method, iterations=iterations)
-    return Recipe(CovMoments, unit_covariance, measure, apply)
+    return Recipe(CovMoments, start, measure, apply)
