@@ -1,7 +1,7 @@
 """Remember: running averages of batch statistics."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -144,22 +144,20 @@ def _share(
 def _step(kept: M, batch: M, share: ArrayLike, *, ddof: int) -> M:
     """old + share (new - old), with the rounding errors of all steps in the mean's remainder.
 
-    The second moment goes the shorter way, from old or from new: it adds up no rounding, and a
-    share of 1 gives the new one. Where nothing was seen everything stays.
+    Where nothing was seen everything stays.
     """
     dtype = promote(kept.mean.dtype, jnp.result_type(batch.mean))
     old, new = cast(kept, dtype), _like(cast(batch, dtype), kept)
-    seen, above = new.count > 0, new.count > ddof
     share = jnp.asarray(share, real_dtype(dtype))
-    of_mean = jnp.where(seen, share, 0).astype(dtype)
-    new_mean, new_rest = jnp.where(seen, new.mean, 0), jnp.where(seen, new.remainder, 0)
-    gap = (new_mean - old.mean) + (new_rest - old.remainder)
-    mean, remainder = total(old.mean, old.remainder + of_mean * gap)
-    share = share.astype(old.second.dtype)
-    target = jnp.where(above, unbiased(new, ddof), old.second)
+    seen, above = new.count > 0, new.count > ddof
+    gap = jnp.where(seen, (new.mean - old.mean) + (new.remainder - old.remainder), 0)
+    pairs = (old.mean, new.mean), (old.remainder, new.remainder)
+    (base, rest), step = _shorter_way(pairs, gap, jnp.where(seen, share, 0))
+    mean, remainder = total(base, rest + step)
+    target = unbiased(new, ddof)
     change = jnp.where(above, target - old.second, 0)
-    from_old, from_new = old.second + share * change, target - (1 - share) * change
-    second = jnp.where(jnp.real(share) < 0.5, from_old, from_new)
+    (base,), step = _shorter_way([(old.second, target)], change, jnp.where(above, share, 0))
+    second = base + step
     count = old.count + (new.count if old.count.ndim else jnp.max(new.count))
     if kept.remainder.shape != kept.mean.shape:
         mean, remainder = mean + remainder, kept.remainder
@@ -169,6 +167,19 @@ def _step(kept: M, batch: M, share: ArrayLike, *, ddof: int) -> M:
         count.astype(kept.count.dtype),
         remainder.astype(kept.remainder.dtype),
     )
+
+
+def _shorter_way(
+    pairs: Iterable[tuple[Array, Array]], gap: Array, share: Array
+) -> tuple[list[Array], Array]:
+    """Where to start from, old or new, and the step from there: share (new - old) beyond old.
+
+    It is at most half of the gap, so that many steps add up no rounding, and a share of 1 gives
+    the new values to the last bit.
+    """
+    from_old = share < 0.5
+    step = jnp.where(from_old, share, share - 1).astype(gap.dtype) * gap
+    return [jnp.where(from_old, old, new) for old, new in pairs], step
 
 
 def _like(new: M, old: M) -> M:
