@@ -30,10 +30,11 @@ LIMITS = {"r_max": 1.5, "d_max": 0.25}  # some features reach them, others do no
 
 
 class Given(NamedTuple):
-    """What a program gets beside the batch: estimates of the statistics, and a batch's halves."""
+    """What a program gets beside the batch: estimates of its statistics, bad ones, others'."""
 
     mean: Any
     var: Any
+    far: Any
     means: Any
     vars: Any
 
@@ -89,6 +90,20 @@ def plain(x, where, given, axis_name):
 
 def about_a_pivot(x, where, given, axis_name):
     return bnjax.batch_norm(x, where=where, axis_name=axis_name, pivot=given.mean)
+
+
+def about_a_bad_pivot(x, where, given, axis_name):
+    return bnjax.batch_norm(x, where=where, axis_name=axis_name, pivot=given.far)
+
+
+def on_a_map(step):
+    """The same on images of 4 x 4 positions."""
+
+    def mapped(x, where, given, axis_name):
+        y, m = step(x.reshape(-1, 4, 4, x.shape[-1]), where, given, axis_name)
+        return y.reshape(x.shape), m
+
+    return mapped
 
 
 def renorm(x, where, given, axis_name):
@@ -147,13 +162,13 @@ def in_parts(x):
     return x.reshape(PARTS, -1, *x.shape[1:])
 
 
-def linen(kind, ghosts=1, **fields):
-    """A training call of a linen layer, whose running statistics are near the batch's."""
+def linen(kind, ghosts=1, state="mean", **fields):
+    """A training call of a linen layer, whose running mean is near the batch's, or far."""
 
     def step(x, where, given, axis_name):
         size = {"ghost_batch_size": len(x) // ghosts} if ghosts > 1 else {}
         layer = kind(False, axis_name=axis_name, use_scale=False, use_bias=False, **fields, **size)
-        stats = {"mean": given.mean, "var": given.var}
+        stats = {"mean": getattr(given, state), "var": given.var}
         if "group_size" in fields:
             del stats["var"]
             groups = given.var.reshape(-1, fields["group_size"])
@@ -164,14 +179,14 @@ def linen(kind, ghosts=1, **fields):
     return step
 
 
-def nnx_layer(kind, **fields):
-    """A training call of an NNX layer, whose running statistics are near the batch's."""
+def nnx_layer(kind, state="mean", **fields):
+    """A training call of an NNX layer, whose running mean is near the batch's, or far."""
 
     def step(x, where, given, axis_name):
         sizes, rngs = x.shape[-1], nnx.Rngs(0)
         unscaled = {"use_scale": False, "use_bias": False}
         layer = kind(sizes, axis_name=axis_name, rngs=rngs, **unscaled, **fields)
-        layer.mean[...], layer.var[...] = jnp.asarray(given.mean), jnp.asarray(given.var)
+        layer.mean[...], layer.var[...] = jnp.asarray(getattr(given, state)), jnp.asarray(given.var)
         y = layer(x, mask=where)
         return y, {"mean": layer.mean[...], "var": layer.var[...]}
 
@@ -187,14 +202,16 @@ class Form(NamedTuple):
     constant: bool = False  # whether what is given is known to the compiler
     parts: int = 1  # that are normalized each by itself
     divisor: int = 1  # of the number of features
+    rows: int = 1  # that make an example
 
 
 plainly = functools.partial(apply_measured, apply=bnjax.normalize)
 whitening = {"expected": whitened, "divisor": GROUP_SIZE}
 layers = {
-    f"{wing}, {pivot}": layer(module.BatchNorm, pivot=pivot)
+    f"{wing}, {pivot}{far}": layer(module.BatchNorm, pivot=pivot, state=state)
     for wing, layer, module in (("linen", linen, bnjax.linen), ("nnx", nnx_layer, bnjax.nnx))
     for pivot in PIVOTS
+    for far, state in (("", "mean"), (", bad", "far"))
 }
 FORMS = {  # on one batch, which may lie on several devices
     "plain": Form(plain),
@@ -204,6 +221,11 @@ FORMS = {  # on one batch, which may lie on several devices
     "pivot": Form(about_a_pivot),
     "constant pivot": Form(about_a_pivot, constant=True),
     "masked, constant pivot": Form(about_a_pivot, where="mask", constant=True),
+    "bad pivot": Form(about_a_bad_pivot),
+    "map": Form(on_a_map(plain), rows=16),
+    "map, bad pivot": Form(on_a_map(about_a_bad_pivot), rows=16),
+    "map, linen": Form(on_a_map(linen(bnjax.linen.BatchNorm)), rows=16),
+    "map, linen, bad": Form(on_a_map(linen(bnjax.linen.BatchNorm, state="far")), rows=16),
     "renorm": Form(renorm, renormalized),
     "normalize, CovMoments": Form(plainly(covariance), divisor=GROUP_SIZE),
     "whiten": Form(apply_measured(covariance, bnjax.whiten), **whitening),

@@ -19,6 +19,8 @@ import reference
 from programs import FORMS, LAYOUTS, MAPPED, MAPPED_FORMS, MESHES, PARTS, WHOLE_FORMS, Given
 from tqdm import tqdm
 
+from bnjax import _xla
+
 BOUNDS = {"y": 2e-6, "whitened y": 1e-5, "dx": 5e-6, "mean": 2e-6, "var": 2e-6}
 ALONE = [("y",), ("dx",)]
 RETURNED = [*ALONE, *ALONE, ("y", "dx"), ("y", "m"), ("dx", "m"), ("y", "dx", "m")]
@@ -54,7 +56,7 @@ def draw(form, layout, seed):
     of = form_of(case)
     if layout in MAPPED or layout in MESHES:
         case = case._replace(replicas=int(rng.integers(2, 9)))
-    unit = case.replicas * (PARTS if form in WHOLE_FORMS else of.parts)
+    unit = case.replicas * of.rows * (PARTS if form in WHOLE_FORMS else of.parts)
     least = 32 if of.divisor > 1 else 8 if of.where else 2 * unit if of.parts > 1 else 2
     few, many = -(-least // unit), max(LARGEST // unit, -(-least // unit) + 1)
     size = int(np.exp(rng.uniform(np.log(few), np.log(many))))
@@ -79,7 +81,9 @@ def batches(case, number):
     estimate = (mean + 0.3 * std * rng.standard_normal(case.features)).astype(np.float32)
     var = (std**2 * rng.uniform(0.8, 2, case.features)).astype(np.float32)
     means = (mean + 0.1 * std * rng.standard_normal((2, case.features))).astype(np.float32)
-    given = Given(estimate, var, means, np.stack([var, var[::-1]]))
+    far = rng.choice(np.float32([0, np.nan, np.inf, -1e30, 1e20, 1]), case.features)
+    far = np.where(rng.random(case.features) < 0.5, far, estimate)
+    given = Given(estimate, var, far, means, np.stack([var, var[::-1]]))
     for _ in range(number):
         where = mask(of.where, shape, rng)
         noise, dy = rng.standard_normal((2, *shape))
@@ -162,8 +166,10 @@ def compare(case, out, x, dy, where, given):
     return {name: float(error) for name, error in found.items()}
 
 
-def search(cases, number=8, show=False):
+def search(cases, number=8, backend=None, show=False):
     """`{case: errors}` of all cases that are beyond a bound, and the worst of each form."""
+    _xla.forced = backend
+    jax.clear_caches()
     faults: dict[Case, dict[str, float]] = {}
     worst = defaultdict(lambda: defaultdict(float))
     bar = tqdm(cases, disable=not show, unit="program")
@@ -208,6 +214,7 @@ def main():
     parser.add_argument("--programs", type=int, default=300, help="how many")
     parser.add_argument("--matching", default="", metavar="REGEX", help='of "form | layout"')
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
+    parser.add_argument("--backend", choices=["cpu", "gpu", "tpu"], help="whose programs run")
     parser.add_argument("--batches", type=int, default=8, help="for each program")
     parser.add_argument("--list", action="store_true", help="the names of all, and end")
     given = parser.parse_args()
@@ -216,7 +223,7 @@ def main():
     jax.config.update("jax_num_cpu_devices", 8)
     chosen = cases(given.programs, given.seed, given.matching)
     print(f"JAX {jax.__version__}, {jax.default_backend()}: {len(chosen)} programs", flush=True)
-    faults, worst = search(chosen, given.batches, show=True)
+    faults, worst = search(chosen, given.batches, given.backend, show=True)
     report(faults, worst)
     print(f"{len(faults)} of {len(chosen)} programs are beyond a bound")
 
