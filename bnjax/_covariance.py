@@ -22,7 +22,7 @@ from bnjax._arguments import (
     split_axes,
 )
 from bnjax._rounding import near, real_dtype
-from bnjax._statistic import AxisName, Groups, from_sums
+from bnjax._statistic import AxisName, Groups, explained, from_sums
 from bnjax._sums import Program
 from bnjax._xla import blocked_product, saved
 
@@ -182,7 +182,8 @@ def cov_moments(
     size = check_group_size(group_size, math.prod(sizes))
     groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
     program = Program(reduced, axis_name=axis_name, groups=groups)
-    return _measure(program, x, weights, pivot, features, size)
+    with explained(axis_name, axis_index_groups):
+        return _measure(program, x, weights, pivot, features, size)
 
 
 def check_group_size(group_size: int | None, features: int) -> int:

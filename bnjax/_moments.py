@@ -21,7 +21,7 @@ from bnjax._arguments import (
     split_axes,
 )
 from bnjax._rounding import abs2, real_dtype
-from bnjax._statistic import AxisName, Groups, from_sums
+from bnjax._statistic import AxisName, Groups, explained, from_sums
 from bnjax._sums import Guess, Pivot, Program, sums
 from bnjax._xla import once, saved
 
@@ -191,9 +191,10 @@ def moments_near(
     if guess is not None:
         pivot, slack = guess.pivot, jnp.asarray(guess.slack)
         c = jnp.asarray(guess.mean, promote(x.dtype))
-        check_features("pivot", c.shape, tuple(x.shape[i] for i in features))
+        check_features(guess.name, c.shape, tuple(x.shape[i] for i in features))
     groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
-    return _measure(Program(reduced, pivot, axis_name, groups), x, c, slack, weights, features)
+    with explained(axis_name, axis_index_groups):
+        return _measure(Program(reduced, pivot, axis_name, groups), x, c, slack, weights, features)
 
 
 @functools.partial(jax.jit, static_argnames=("program", "features"))

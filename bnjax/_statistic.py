@@ -1,6 +1,7 @@
 """What a statistic is, and what works on every one: merging, also over replicas."""
 
-from collections.abc import Hashable, Sequence
+import contextlib
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Protocol, Self, TypeVar
 
 import jax
@@ -139,7 +140,8 @@ def pmerge(m: M, axis_name: AxisName, *, axis_index_groups: Groups = None) -> M:
     m = cast(m, promote(jnp.result_type(m.mean)))
     n, seen = m.count.astype(m.mean.dtype), m.count > 0
     s = jnp.where(seen, n * m.mean, 0)
-    s, n_all = saved(psum(lax.stop_gradient((s, n)), axis_name, axis_index_groups))
+    with explained(axis_name, axis_index_groups):
+        s, n_all = saved(psum(lax.stop_gradient((s, n)), axis_name, axis_index_groups))
     pivot = near(s / jnp.where(n_all != 0, n_all, 1))
     delta = jnp.where(seen, (m.mean - pivot) + m.remainder, 0)
     second = jnp.where(seen, m.second, 0) + m.shift(delta, m.second)
@@ -184,11 +186,13 @@ def cast(m: M, dtype: DTypeLike) -> M:
     )
 
 
-def psum(parts: tuple[Array, ...], axis_name: AxisName, groups: Groups) -> tuple[Array, ...]:
-    """One all-reduce for all the parts, in the dtype of the first; each returns in its own."""
-    flat = jnp.concatenate([p.astype(parts[0].dtype).reshape(-1) for p in parts])
+@contextlib.contextmanager
+def explained(axis_name: AxisName | None, groups: Groups) -> Iterator[None]:
+    """Says in words what JAX cannot share. In a staged program that comes when it is called."""
     try:
-        flat = lax.psum(flat, axis_name, axis_index_groups=groups)
+        if axis_name is not None:
+            lax.psum(1, axis_name)
+        yield
     except NameError as error:
         raise NameError(
             f"axis_name is {axis_name!r}, but no such axis is mapped here ({error}). "
@@ -196,10 +200,18 @@ def psum(parts: tuple[Array, ...], axis_name: AxisName, groups: Groups) -> tuple
             "leave axis_name out: plain jit over sharded arrays needs none."
         ) from None
     except NotImplementedError as error:
+        if groups is None:
+            raise
         raise NotImplementedError(
             f"axis_index_groups is {groups}, and JAX has no groups under this transformation. "
             "Use jax.pmap or jax.shard_map(check_vma=False), or a mesh with one more axis."
         ) from error
+
+
+def psum(parts: tuple[Array, ...], axis_name: AxisName, groups: Groups) -> tuple[Array, ...]:
+    """One all-reduce for all the parts, in the dtype of the first; each returns in its own."""
+    flat = jnp.concatenate([p.astype(parts[0].dtype).reshape(-1) for p in parts])
+    flat = lax.psum(flat, axis_name, axis_index_groups=groups)
     ends, shared = 0, []
     for p in parts:
         own = flat[ends : ends + p.size].reshape(p.shape)

@@ -45,12 +45,14 @@ class Guess(NamedTuple):
     Attributes:
       mean: `[*features]`, the same on all replicas; anything, NaN too.
       pivot: the program for it.
+      name: what errors call it.
       slack: what is added to the variance later, so that the guard need not be more exact.
     """
 
     mean: ArrayLike
     pivot: Pivot = "running"
     slack: ArrayLike = 0.0
+    name: str = "pivot"
 
 
 class Program(NamedTuple):
@@ -122,6 +124,8 @@ def _staged(x: Array, c: Array, w: Array | None, reduced: Shape) -> tuple[Array,
 
     Cut into 32 parts each they have enough blocks to run in, and x - c stays inside of them.
     """
+    if not reduced:
+        return _together(x, c, w, reduced)
     first = reduced[0]
     rows, terms = x.shape[first], math.prod(x.shape[i] for i in reduced)
     fixed = isinstance(terms, int) and first not in sharded_axes(x)

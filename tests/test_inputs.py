@@ -280,7 +280,7 @@ def test_an_axis_name_that_is_not_mapped(axis_name):
         return jax.vmap(f, axis_name="data")(X)
 
     with pytest.raises(NameError) as from_jax:
-        inside(lambda x: lax.psum(x, axis_name))
+        inside(lambda x: lax.psum(1, axis_name))
     message = (
         f"axis_name is {axis_name!r}, but no such axis is mapped here ({from_jax.value}). "
         "Call this under jax.pmap, jax.shard_map or jax.vmap with that axis name, or "

@@ -90,7 +90,7 @@ def call(
     ghosts = layer.ghost_batch_size
     guess = None
     if layer.pivot != "batch" and not initializing and ghosts is None:
-        guess = Guess(stats["mean"], layer.pivot, layer.epsilon)
+        guess = Guess(stats["mean"], layer.pivot, layer.epsilon, "running.mean")
 
     def train(
         x: Array, mask: ArrayLike | None, axis_name: AxisName | None = None, groups: Groups = None
