@@ -310,7 +310,7 @@ def test_a_16_bit_dtype_rounds_once_at_the_end(dtype, evaluates):
 
 def test_train_and_eval_set_the_mode_and_the_call_comes_first():
     x = well_scaled(1, (8, 3))
-    layer = make(bnjax.nnx.BatchNorm, use_running_average=True)
+    layer = make(bnjax.nnx.BatchNorm, use_running_average=True, pivot="batch")
     evaluated, start = layer(x), snapshot(layer)
     np.testing.assert_allclose(evaluated, x / np.sqrt(1 + 1e-5), rtol=1e-6)
     layer.train()
