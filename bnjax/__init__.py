@@ -27,6 +27,7 @@ from bnjax._renormalize import batch_renorm as batch_renorm
 from bnjax._statistic import merge as merge
 from bnjax._statistic import pmerge as pmerge
 from bnjax._torch import from_torch as from_torch
+from bnjax._torch import from_torch_model as from_torch_model
 from bnjax._torch import to_torch as to_torch
 from bnjax._trees import merge_stacked as merge_stacked
 from bnjax._trees import update_stats as update_stats
@@ -55,6 +56,7 @@ __all__ = [
     "ema",
     "fold",
     "from_torch",
+    "from_torch_model",
     "linen",
     "merge",
     "merge_stacked",

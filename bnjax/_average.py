@@ -94,7 +94,8 @@ def remember(
     new = ema(running, m, momentum=momentum, steps=steps, debias=debias, ddof=ddof)
     updated = {"mean": new.mean, m.second_name(): new.second}
     if steps is not None:
-        updated["steps"] = steps + jnp.any(m.count > 0).astype(steps.dtype)
+        counted = steps + jnp.any(m.count > 0).astype(steps.dtype)
+        updated["steps"] = jnp.maximum(steps, counted)  # stays at the largest integer
     return updated
 
 

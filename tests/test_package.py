@@ -28,6 +28,7 @@ PUBLIC = {
     "ema",
     "fold",
     "from_torch",
+    "from_torch_model",
     "merge",
     "merge_stacked",
     "moments",

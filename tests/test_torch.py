@@ -287,3 +287,177 @@ def test_variables_that_are_not_batch_norms_are_refused():
         "The shapes are bn.running_mean (mean) (2, 3), bn.running_var (var) (2, 3). In a PyTorch "
         "batch norm all are [features], and num_batches_tracked (steps) is a scalar.",
     )
+
+
+# Tensors as PyTorch has them
+
+
+class Tensor:
+    """Gives NumPy its values, or refuses to, as PyTorch's does."""
+
+    def __init__(self, values, dtype="float32", requires_grad=False, device="cpu"):
+        self.values = np.asarray(values, jnp.bfloat16 if dtype == "bfloat16" else dtype)
+        self.dtype = f"torch.{dtype}"
+        self.requires_grad, self.device = requires_grad, device
+
+    def changed(self, **fields):
+        copy = Tensor(self.values, self.dtype.removeprefix("torch."))
+        vars(copy).update({**vars(self), **fields})
+        return copy
+
+    def detach(self):
+        return self.changed(requires_grad=False)
+
+    def cpu(self):
+        return self.changed(device="cpu")
+
+    def float(self):
+        return self.changed(values=self.values.astype(np.float32), dtype="torch.float32")
+
+    def __array__(self, dtype=None, copy=None):
+        if self.requires_grad:
+            raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+        if self.device != "cpu":
+            raise TypeError(f"can't convert {self.device} device type tensor to numpy.")
+        if self.dtype == "torch.bfloat16":
+            raise TypeError("Got unsupported ScalarType BFloat16")
+        return np.array(self.values, dtype)
+
+
+NORM = {
+    "weight": np.float32([0.5, 1.25, -3]),
+    "bias": np.float32([1, 0, 2]),
+    "running_mean": np.float32([0.125, 100, -7]),
+    "running_var": np.float32([2, 1e-3, 5]),
+}
+
+
+def exact(dtype):
+    """Values of every exponent, each of which this dtype holds."""
+    rng = np.random.default_rng(0)
+    low, high = (np.log2(float(p)) for p in (jnp.finfo(dtype).tiny, jnp.finfo(dtype).max))
+    values = rng.choice([-1, 1], 600) * 2.0 ** rng.uniform(low, high, 600)
+    return np.asarray(jnp.asarray(np.append(values, [0, np.inf]), dtype))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_tensors_are_read_without_pytorch(dtype, requires_grad, device):
+    values = exact(dtype)
+    state = {
+        "weight": Tensor(values, dtype, requires_grad, device),
+        "running_mean": Tensor(values[::-1], dtype, device=device),
+        "running_var": Tensor(values, dtype, device=device),
+        "num_batches_tracked": Tensor(5, "int64", device=device),
+    }
+    params, batch_stats = bnjax.from_torch(state)
+    for ours, true in (
+        (params["scale"], values),
+        (batch_stats["mean"], values[::-1]),
+        (batch_stats["var"], values),
+    ):
+        assert ours.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(ours), true)
+    assert batch_stats["steps"] == 5
+    assert batch_stats["steps"].dtype == jnp.int32
+
+
+def test_bfloat16_goes_to_pytorch_as_float32():
+    """Exactly, and back: NumPy has no dtype that PyTorch would read."""
+    values = exact("bfloat16")
+    back = bnjax.to_torch({"scale": values}, {"mean": values, "var": jnp.asarray(values)})
+    for p in back.values():
+        assert p.dtype == np.float32
+        np.testing.assert_array_equal(p.astype(jnp.bfloat16), values)
+    half = bnjax.to_torch({"scale": exact("float16")}, {})["weight"]
+    assert half.dtype == np.float16
+
+
+@pytest.mark.parametrize("given", [2**31 - 1, 2**31, 3 * 10**9, 2**40])
+def test_a_counter_beyond_32_bits_does_not_turn_negative(given):
+    """Nor in the next steps: the average goes on as the plain one over so many batches."""
+    state = {**NORM, "num_batches_tracked": np.array(given)}
+    _, batch_stats = bnjax.from_torch(state)
+    assert batch_stats["steps"].dtype == jnp.int32
+    assert batch_stats["steps"] == 2**31 - 1
+    m = bnjax.moments(jnp.ones((4, 3)))
+    for _ in range(2):
+        updated = bnjax.update_stats(batch_stats, m, momentum=None)
+        assert updated["steps"] == 2**31 - 1
+        for name in ("mean", "var"):
+            np.testing.assert_array_equal(updated[name], batch_stats[name])
+        batch_stats = updated
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_counter_beyond_32_bits_is_kept_in_64():
+    state = {**NORM, "num_batches_tracked": np.array(3 * 10**9)}
+    params, batch_stats = bnjax.from_torch(state)
+    assert batch_stats["steps"].dtype == jnp.int64
+    back = bnjax.to_torch(params, batch_stats)
+    assert back["num_batches_tracked"] == 3 * 10**9
+    batch_stats = bnjax.update_stats(batch_stats, bnjax.moments(jnp.ones((4, 3))), momentum=None)
+    assert batch_stats["steps"] == 3 * 10**9 + 1
+
+
+# Whole models
+
+
+def model_state(prefix=""):
+    """As of a model with other layers and, in one place, no scale and bias."""
+    state = {"conv1.weight": np.ones((3, 3, 1, 1)), "ln.weight": np.ones(3), "ln.bias": np.ones(3)}
+    state |= {f"bn1.{name}": p for name, p in NORM.items()}
+    state |= {f"layer1.0.bn2.{name}": 2 * p for name, p in NORM.items() if "running" in name}
+    state |= {"layer1.0.bn2.num_batches_tracked": np.array(7), "layer1.0.bn2.act.slope": np.ones(1)}
+    return {prefix + name: p for name, p in state.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "module", "ema_model.module"])
+def test_all_batch_norms_of_a_model_at_once(prefix):
+    state = {"n_averaged": np.array(3)}
+    if prefix:
+        state |= model_state()  # not the averaged weights
+    state |= {
+        name: -p if name.endswith("mean") else p
+        for name, p in model_state(f"{prefix}." if prefix else "").items()
+    }
+    params, batch_stats = bnjax.from_torch_model(state, prefix)
+    assert list(params) == list(batch_stats) == ["bn1", "layer1.0.bn2"]
+    assert [*params["bn1"]] == ["scale", "bias"]
+    assert not params["layer1.0.bn2"]
+    np.testing.assert_array_equal(params["bn1"]["scale"], NORM["weight"])
+    np.testing.assert_array_equal(batch_stats["bn1"]["mean"], -NORM["running_mean"])
+    np.testing.assert_array_equal(batch_stats["layer1.0.bn2"]["mean"], -2 * NORM["running_mean"])
+    assert batch_stats["layer1.0.bn2"]["steps"] == 7
+    for name in params:
+        full = f"{prefix}.{name}" if prefix else name
+        for key, p in bnjax.to_torch(params[name], batch_stats[name], full).items():
+            np.testing.assert_array_equal(p, state[key])
+
+
+def test_a_batch_norm_alone_is_a_model():
+    params, batch_stats = bnjax.from_torch_model(NORM)
+    assert list(params) == list(batch_stats) == [""]
+    same, _ = bnjax.from_torch_model({f"bn.{name}": p for name, p in NORM.items()}, "bn")
+    np.testing.assert_array_equal(same[""]["scale"], params[""]["scale"])
+
+
+def test_a_model_without_batch_norms_is_refused():
+    assert_refused(
+        lambda: bnjax.from_torch_model(model_state(), "module"),
+        "state_dict has no batch norm with running statistics under the prefix 'module'. Those in "
+        "it are 'bn1', 'layer1.0.bn2'. Its first entries are 'conv1.weight', 'ln.weight', "
+        "'ln.bias'.",
+    )
+    assert_refused(
+        lambda: bnjax.from_torch_model({"epoch": 5, "state_dict": model_state()}),
+        "state_dict has no batch norm with running statistics under the prefix ''. Those in it "
+        "are none. Its first entries are 'epoch', 'state_dict'.",
+    )
+    lacking = {name: p for name, p in model_state().items() if name != "bn1.running_var"}
+    assert_refused(
+        lambda: bnjax.from_torch_model(lacking),
+        "state_dict has 'bn1.running_mean', but not 'bn1.running_var'. "
+        "Give all entries of the batch norm.",
+    )
