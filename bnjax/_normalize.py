@@ -145,7 +145,7 @@ def _normalized(
     about_c = Moments(ranked(mean - c), ranked(m.var), remainder=ranked(rest))
     scale, bias = (None if p is None else ranked(p) for p in (scale, bias))
     mul, add = affine(about_c, scale, bias, epsilon=epsilon)
-    if mul.shape != x.shape and add.shape != x.shape:
+    if mul.shape == add.shape == about_c.var.shape:
         mul, add = once(about_c.var, mul, add)
     shift = None if w is None else about_c.mean + about_c.remainder
     return (_scaled(x, ranked(c), mul, w, shift) + add).astype(dtype)

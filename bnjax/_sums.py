@@ -32,7 +32,7 @@ from bnjax._rounding import abs2, near
 from bnjax._statistic import AxisName, Groups, psum
 from bnjax._xla import apart, derivative, moving_of, per_backend, saved, sharded_axes
 
-FAR = 4.0  # variances; a mean farther from the pivot would cost the variance digits
+FAR = 2.0  # variances; a mean farther from the pivot would cost the variance digits
 
 Pivot = Literal["auto", "batch", "running"]
 Sums = tuple[Array, Array, Array, Array]  # the pivot, s1, s2 and the count

@@ -117,7 +117,7 @@ def test_every_part_is_measured_about_its_own_mean(step):
     for pivot in ("auto", "running"):
         f = functools.partial(step, pivot=pivot, ghost_batch_size=4)
         program = str(jax.make_jaxpr(lambda x, f=f: f(x, scale, bias).y)(x))
-        assert " cond[" not in program
+        assert "reduce_or" not in program  # no guard asks whether any feature is far
         np.testing.assert_array_equal(f(x, scale, bias).y, f(x, scale, bias, pivot="batch").y)
 
 

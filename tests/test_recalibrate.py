@@ -44,7 +44,7 @@ def test_the_moments_of_the_whole_data_set(ratio, masked, ddof):
 
 @each_network
 def test_a_second_pass_over_a_deep_network_changes_nothing(network):
-    net = network()
+    net = network(pivot="batch")  # about the running mean last bits depend on the state
     batches = split(data(), 40, 40, 20)
     net.stats = once = bnjax.recalibrate(jax.jit(net.measure), net.stats, batches)
     twice = bnjax.recalibrate(jax.jit(net.measure), net.stats, batches)

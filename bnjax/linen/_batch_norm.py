@@ -50,7 +50,7 @@ class BatchNorm(Base[Moments]):
         is always accurate, and at least float32.
       pivot: where deviations are measured from, which changes passes, collectives and the last
         bits, never the accuracy. "running": the running mean, with a guard: a batch whose mean
-        is farther than two standard deviations from it is measured again about its own.
+        is farther than 1.4 standard deviations from it is measured again about its own.
         "batch": the batch's own mean, with no branch in the program. "auto": "running", but
         without an `axis_name` "batch" on a GPU.
       debias: whether the average forgets the zeros and ones that it started with, as in `ema`.
