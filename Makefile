@@ -14,6 +14,7 @@ quick: lint  ## style, types, and one test of each kind, in a minute: before eve
 
 test: .venv/dev.done  ## all tests, and the examples in docstrings, README and guide: before a change is sent
 	$(PYTEST)
+	find .jax_cache -type f -atime +7 -delete  # programs that no test has asked for in a week
 
 lint: .venv/dev.done  ## style and types
 	$(BIN)/ruff check .
