@@ -2,7 +2,7 @@
 
 | trick | backend | why | test |
 |---|---|---|---|
-| `once` | CPU | loops over elements repeat arithmetic on features | test_memory |
+| `once` | CPU, from JAX 0.10 | loops over elements repeat arithmetic on features | test_memory |
 | `apart` | CPU, from JAX 0.10 | a difference that two sums share is written out | test_memory |
 | `recomputed`, `derivative` | TPU, GPU | a checkpoint has barriers on cotangents | test_compiled |
 | their barrier | CPU, from JAX 0.10 | x - c of the forward pass would be kept | test_memory |
@@ -50,6 +50,8 @@ def once(positive: Array, *vs: Array) -> tuple[Array, ...]:
     it can cost more than reading x (tests/bench/NOTES.md). A division is too dear for that. By
     a one that XLA cannot see it is exact, and remains a division, as does its derivative's.
     """
+    if jax.__version_info__ < (0, 10):  # the saving policy would pay for it with memory
+        return vs
     ones = jnp.where(lax.stop_gradient(positive) >= 0, 1, 2).astype(jnp.finfo(vs[0].dtype).dtype)
     # A complex division is not exact.
     return tuple(v if jnp.iscomplexobj(v) else v / ones for v in vs)
@@ -60,7 +62,7 @@ def apart(c: Array) -> tuple[Array, Array]:
 
     For its CPU backend alone: elsewhere the ones would be kernels of their own.
     """
-    if jnp.iscomplexobj(c):
+    if jnp.iscomplexobj(c) or jax.__version_info__ < (0, 10):
         return c, c
     ones = lax.optimization_barrier(jnp.ones((2, *c.shape), c.dtype))
     return c / ones[0], c / ones[1]
