@@ -54,8 +54,8 @@ def step(layer, x, dy, **call):
 
 def test_constructor_and_call_are_flaxs():
     ours = inspect.signature(bnjax.nnx.BatchNorm.__init__).parameters
-    beyond = {"pivot": "batch", "debias": False, "ddof": 0, "emit": False}
-    beyond |= {"ghost_batch_size": None}
+    beyond = {"pivot": "auto", "debias": False, "ddof": 0, "emit": False}
+    beyond |= {"ghost_batch_size": None, "eval_momentum": 1.0, "skip_nonfinite": False}
     assert {name: p.default for name, p in list(ours.items())[-len(beyond) :]} == beyond
     assert [name for name in ours if name in FLAXS_FIELDS] == list(FLAXS_FIELDS)
     for name, theirs in FLAXS_FIELDS.items():
