@@ -30,7 +30,7 @@ from bnjax import _masks
 from bnjax._arguments import Shape
 from bnjax._rounding import abs2, near
 from bnjax._statistic import AxisName, Groups, psum
-from bnjax._xla import apart, derivative, moving_of, per_backend, saved, sharded_axes
+from bnjax._xla import apart, derivative, moving_of, per_backend, saved, sharded_axes, varies
 
 FAR = 2.0  # variances; a mean farther from the pivot would cost the variance digits
 
@@ -179,7 +179,11 @@ def _measure(
     def again(c: Array, *_: Array) -> tuple[Array, Array, Array]:
         return about_mean(like=c - c)[:3]  # of c's type, whatever axes that varies over
 
-    return *lax.cond(far, again, lambda *given: given, c, s1, s2), n
+    def as_given(c: Array, s1: Array, s2: Array) -> tuple[Array, Array, Array]:
+        # s1 is finite here; a shared pivot must vary as the sums of replicas of their own do.
+        return (c if varies(c) == varies(s1) else c + (s1 - s1)), s1, s2
+
+    return *lax.cond(far, again, as_given, c, s1, s2), n
 
 
 def _is_far(s1: Array, s2: Array, count: Array, slack: Array) -> Array:

@@ -117,7 +117,7 @@ def _fenced(x: Array, c: Array) -> tuple[Array, Array]:
 
     It would bring x - c from there and hold it. Elsewhere a barrier would cost a pass.
     """
-    if _varies(x) != _varies(c):  # behind one barrier both would vary over the same mapped axes
+    if varies(x) != varies(c):  # behind one barrier both would vary over the same mapped axes
         return x, c
 
     def as_it_is(x: Array, c: Array) -> tuple[Array, Array]:
@@ -129,7 +129,7 @@ def _fenced(x: Array, c: Array) -> tuple[Array, Array]:
     return per_backend(x, c, cpu=barrier, gpu=as_it_is, tpu=as_it_is)
 
 
-def _varies(x: Array) -> Any:
+def varies(x: Array) -> Any:
     """Over which mapped axes, where `shard_map` checks that."""
     kind = jax.typeof(x)
     return getattr(kind, "vma", None) or getattr(kind, "manual_axis_type", None)  # from JAX 0.10
