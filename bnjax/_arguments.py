@@ -54,21 +54,38 @@ def check_features(name: str, shape: Shape, features: Shape) -> None:
         )
 
 
-def check_epsilon(epsilon: ArrayLike) -> None:
-    """Refuses an epsilon that is not positive, where its value is known."""
-    if is_static(epsilon) and not np.asarray(epsilon) > 0:
-        raise ValueError(
-            f"epsilon is {epsilon}, but it keeps the variance away from zero. "
-            "Choose a positive number, such as 1e-5."
-        )
+def check_number(name: str, given: ArrayLike, cure: str) -> None:
+    """Refuses what is not one real number: an array, a word, a complex number."""
+    shape, dtype = (
+        np.shape(given),
+        given.dtype if hasattr(given, "dtype") else np.asarray(given).dtype,
+    )
+    if shape:
+        said = f"has shape {shape}"
+    elif any(jnp.issubdtype(dtype, kind) for kind in (np.floating, np.integer, np.bool_)):
+        return
+    else:
+        said = f"is {given!r}"
+    raise ValueError(f"{name} {said}, but it is one number for all features. {cure}")
+
+
+def check_epsilon(epsilon: ArrayLike, dtype: DTypeLike = np.float32) -> None:
+    """Refuses an epsilon that is not positive in this dtype, where its value is known."""
+    cure = "Choose a positive number, such as 1e-5."
+    check_number("epsilon", epsilon, cure)
+    if is_static(epsilon) and not np.asarray(epsilon) >= jnp.finfo(dtype).tiny:
+        said = f"{epsilon}, zero in {np.dtype(dtype)}" if np.asarray(epsilon) > 0 else epsilon
+        raise ValueError(f"epsilon is {said}, but it keeps the variance away from zero. {cure}")
 
 
 def check_momentum(momentum: ArrayLike) -> None:
     """Refuses a momentum outside [0, 1], where its value is known."""
+    cure = "Choose a number from 0 to 1."
+    check_number("momentum", momentum, cure)
     if is_static(momentum) and not 0 <= np.asarray(momentum) <= 1:
         raise ValueError(
             f"momentum is {momentum}, but it is the share of the running statistics that is "
-            "kept. Choose a number from 0 to 1."
+            f"kept. {cure}"
         )
 
 

@@ -109,8 +109,8 @@ def _share(
 ) -> ArrayLike:
     """How far this step goes towards the batch.
 
-    With debias (1 - m) / (1 - m^t) at step t, by way of log m: near 1 powers lose digits. The
-    plain average, 1 / t, is its limit for m towards 1, and the same at t = 1.
+    With debias (1 - m) / (1 - m^t) at step t; from m = 1/2 on by way of log m, as powers lose
+    digits near 1. The plain average, 1 / t, is its limit for m towards 1.
     """
     if debias and callable(momentum):
         raise ValueError(
@@ -131,14 +131,17 @@ def _share(
     t = jnp.asarray(steps, dtype) + 1
     if momentum is None:
         return 1 / t
+    m = jnp.asarray(momentum, dtype)
+    low, high = jnp.where(m < 0.5, m, 0), jnp.where(m < 0.5, 0.5, m)
     if is_static(momentum):  # in double precision
-        with np.errstate(divide="ignore"):
-            log = jnp.asarray(np.log(np.asarray(momentum, np.float64)), dtype)
+        log = jnp.asarray(np.log(np.maximum(np.asarray(momentum, np.float64), 0.5)), dtype)
     else:
-        log = jnp.log(jnp.asarray(momentum, dtype))
+        log = jnp.log(high)
     plain = (log == 0) | (t == 1)
     log = jnp.where(log == 0, -1, log)
-    return jnp.where(plain, 1 / t, jnp.expm1(log) / jnp.expm1(t * log))
+    later = jnp.where(t == 1, 2, t)  # 0^0 has no second derivative
+    by_powers, by_log = (1 - low) / (1 - low**later), jnp.expm1(log) / jnp.expm1(t * log)
+    return jnp.where(plain, 1 / t, jnp.where(m < 0.5, by_powers, by_log))
 
 
 @functools.partial(jax.jit, static_argnames="ddof")

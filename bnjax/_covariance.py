@@ -189,9 +189,9 @@ def cov_moments(
 def check_group_size(group_size: int | None, features: int) -> int:
     """The size of a group, which divides the number of features."""
     size = features if group_size is None else group_size
-    if size < 1 or features % size:
+    if not isinstance(size, int) or size < 1 or features % size:
         raise ValueError(
-            f"group_size is {group_size}, but there are {features} features. "
+            f"group_size is {group_size!r}, but there are {features} features. "
             f"Choose a divisor of {features}."
         )
     return size

@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
 from bnjax._trees import Tree, path_of, split_layers
@@ -45,9 +45,9 @@ def decay_mask(params: Tree, batch_stats: Tree) -> Tree:
                 f"{name} has an entry {name!r}, as the whole variables have. "
                 'Give variables["params"] and variables["batch_stats"].'
             )
-    shapes = {path: {jnp.shape(p) for p in stats.values()} for path, stats in layers.items()}
+    shapes = {path: {np.shape(p) for p in stats.values()} for path, stats in layers.items()}
     decays = [
-        jnp.shape(*jax.tree.leaves(p)) not in shapes.get(path[:-1], ())
+        np.shape(*jax.tree.leaves(p)) not in shapes.get(path[:-1], ())
         for path, (_, p) in zip(paths, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, decays)

@@ -130,6 +130,9 @@ def moments(
     c cancels algebraically, so derivatives of every order are exact; near the mean it keeps
     the variance from cancelling in floating point (Chan, Golub and LeVeque, 1983).
 
+    Squares and their sums must not overflow: in float32 that holds for standard deviations up to
+    1e19 / sqrt(n) and means up to 1e25 / sqrt(n); beyond, the variance is infinite or NaN.
+
     Args:
       x: any shape and numeric dtype; sums are accumulated in at least float32.
       feature_axis: the axis or axes that keep statistics of their own. `features` are their

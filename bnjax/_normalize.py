@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -58,9 +59,9 @@ def affine(
       >>> print(mul, add)
       [5.] [-15.]
     """
-    check_epsilon(epsilon)
     given = [p for p in (m.mean, scale, bias) if p is not None]
     dtype = promote(*(jnp.result_type(p) for p in given))
+    check_epsilon(epsilon, dtype)
     mul = lax.rsqrt(jnp.asarray(m.var, real_dtype(dtype)) + epsilon).astype(dtype)
     if scale is not None:
         mul = mul * jnp.asarray(scale, dtype)
@@ -115,9 +116,9 @@ def normalize(
     x = as_array(x)
     features, reduced = split_axes(feature_axis, x.shape)
     sizes = tuple(x.shape[i] for i in features)
-    check_features("mean", jnp.shape(m.mean), sizes)
-    check_features("var", jnp.shape(m.var), sizes)
-    check_epsilon(epsilon)
+    check_features("mean", np.shape(m.mean), sizes)
+    check_features("var", np.shape(m.var), sizes)
+    check_epsilon(epsilon, promote(x.dtype, jnp.result_type(m.mean)))
     if dtype is None:
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else promote(x.dtype)
     scale = read_affine("scale", scale, x.shape, features)

@@ -14,6 +14,7 @@ from bnjax._arguments import (
     as_array,
     check_epsilon,
     check_features,
+    check_number,
     expand,
     is_static,
     promote,
@@ -128,9 +129,9 @@ def renormalize(
     sizes = tuple(x.shape[i] for i in features)
     scale = read_affine("scale", scale, x.shape, features)
     bias = read_affine("bias", bias, x.shape, features)
-    check_epsilon(epsilon)
-    check_features("running.mean", jnp.shape(running.mean), sizes)
-    check_features("running.var", jnp.shape(running.var), sizes)
+    check_epsilon(epsilon, promote(x.dtype, jnp.result_type(m.mean)))
+    check_features("running.mean", np.shape(running.mean), sizes)
+    check_features("running.var", np.shape(running.var), sizes)
     _check_limits(r_max, d_max)
     scale, bias = _corrected(m, running, scale, bias, r_max, d_max, epsilon, reduced)
     return normalize(
@@ -140,15 +141,17 @@ def renormalize(
 
 def _check_limits(r_max: ArrayLike, d_max: ArrayLike) -> None:
     """Refuses limits that leave no room for r = 1 and d = 0, where their values are known."""
+    cure = "Choose a number from 1 (no correction) upwards, such as 3."
+    check_number("r_max", r_max, cure)
     if is_static(r_max) and not np.asarray(r_max) >= 1:
         raise ValueError(
-            f"r_max is {r_max}, but the correction r stays between 1 / r_max and r_max. "
-            "Choose a number from 1 (no correction) upwards, such as 3."
+            f"r_max is {r_max}, but the correction r stays between 1 / r_max and r_max. {cure}"
         )
+    cure = "Choose a number from 0 (no correction) upwards, such as 5."
+    check_number("d_max", d_max, cure)
     if is_static(d_max) and not np.asarray(d_max) >= 0:
         raise ValueError(
-            f"d_max is {d_max}, but the correction d stays between -d_max and d_max. "
-            "Choose a number from 0 (no correction) upwards, such as 5."
+            f"d_max is {d_max}, but the correction d stays between -d_max and d_max. {cure}"
         )
 
 

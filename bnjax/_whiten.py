@@ -1,10 +1,12 @@
 """Apply covariances: whitening, by Cholesky factor and by Newton-Schulz iteration."""
 
 import functools
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -86,18 +88,18 @@ def whiten(
     """
     x = as_array(x)
     features, reduced = split_axes(feature_axis, x.shape)
-    check_features("mean", jnp.shape(m.mean), tuple(x.shape[i] for i in features))
-    groups = jnp.shape(m.cov)
-    if len(groups) != 3 or groups[1] != groups[2] or groups[0] * groups[1] != jnp.size(m.mean):
+    check_features("mean", np.shape(m.mean), tuple(x.shape[i] for i in features))
+    groups, number = np.shape(m.cov), math.prod(np.shape(m.mean))
+    if len(groups) != 3 or groups[1] != groups[2] or groups[0] * groups[1] != number:
         raise ValueError(
-            f"cov has shape {groups}, but x has {jnp.size(m.mean)} features. "
+            f"cov has shape {groups}, but x has {number} features. "
             "Give one of shape [groups, size, size], where groups * size is their number."
         )
-    check_epsilon(epsilon)
+    check_epsilon(epsilon, promote(x.dtype, jnp.result_type(m.cov)))
     if method not in ("cholesky", "newton_schulz"):
         raise ValueError(f"method is {method!r}. Choose 'cholesky' or 'newton_schulz'.")
-    if iterations < 1:
-        raise ValueError(f"iterations is {iterations}. Choose at least 1.")
+    if not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations is {iterations!r}. Choose a whole number, at least 1.")
     if dtype is None:
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else promote(x.dtype)
     scale = read_affine("scale", scale, x.shape, features)

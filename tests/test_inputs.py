@@ -1,5 +1,7 @@
 """Bad input: each error with its whole message, and what is accepted all the same."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -82,6 +84,80 @@ def test_a_momentum_outside_0_to_1(momentum):
         "Choose a number from 0 to 1."
     )
     assert_refused(lambda: bnjax.ema(M, bnjax.moments(X), momentum=momentum), message)
+
+
+def test_an_epsilon_that_is_zero_in_the_dtype():
+    """Division by zero; in double precision it is a number."""
+    message = (
+        "epsilon is 1e-40, zero in float32, but it keeps the variance away from zero. "
+        "Choose a positive number, such as 1e-5."
+    )
+    cov = bnjax.CovMoments.initial(3)
+    assert_refused(lambda: bnjax.batch_norm(X, epsilon=1e-40), message)
+    assert_refused(lambda: bnjax.affine(M, epsilon=1e-40), message)
+    assert_refused(lambda: bnjax.whiten(X, cov, epsilon=1e-40), message)
+    renorm = {"r_max": 3.0, "d_max": 5.0, "epsilon": 1e-40}
+    assert_refused(lambda: bnjax.batch_renorm(X, M, **renorm), message)
+    with jax.enable_x64(True):
+        constant = np.ones((4, 3))
+        assert np.all(bnjax.batch_norm(constant, epsilon=1e-40)[0] == 0)
+        cov = bnjax.CovMoments.initial(3, np.float64)
+        assert np.isfinite(bnjax.whiten(constant, cov, epsilon=1e-40)).all()
+
+
+CURES = {
+    "epsilon": "Choose a positive number, such as 1e-5.",
+    "momentum": "Choose a number from 0 to 1.",
+    "r_max": "Choose a number from 1 (no correction) upwards, such as 3.",
+    "d_max": "Choose a number from 0 (no correction) upwards, such as 5.",
+}
+NO_NUMBERS = {
+    "an array": (np.full(3, 0.5), "has shape (3,)"),
+    "a JAX array": (jnp.full(3, 0.5), "has shape (3,)"),
+    "a list": ([0.5, 0.5, 0.5], "has shape (3,)"),
+    "one value in an array": (np.full(1, 0.5), "has shape (1,)"),
+    "a word": ("0.5", "is '0.5'"),
+    "a complex number": (0.5j, "is 0.5j"),
+    "nothing": (None, "is None"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [pair for pair in itertools.product(CURES, NO_NUMBERS) if pair != ("momentum", "nothing")],
+)
+def test_what_is_no_number(name, kind):
+    """Also traced, where a shape is known."""
+    given, said = NO_NUMBERS[kind]
+    limits = {"r_max": 3.0, "d_max": 5.0}
+    calls = {
+        "epsilon": [
+            lambda p: bnjax.batch_norm(X, epsilon=p),
+            lambda p: bnjax.affine(M, epsilon=p),
+            lambda p: bnjax.whiten(X, bnjax.CovMoments.initial(3), epsilon=p),
+            lambda p: bnjax.batch_renorm(X, M, epsilon=p, **limits),
+            lambda p: bnjax.drift({"mean": M.mean, "var": M.var}, bnjax.moments(X), epsilon=p),
+        ],
+        "momentum": [
+            lambda p: bnjax.ema(M, bnjax.moments(X), momentum=p),
+            lambda p: bnjax.ema(M, bnjax.moments(X), momentum=lambda steps: p, steps=0),
+        ],
+        "r_max": [lambda p: bnjax.batch_renorm(X, M, **limits | {"r_max": p})],
+        "d_max": [lambda p: bnjax.batch_renorm(X, M, **limits | {"d_max": p})],
+    }[name]
+    message = f"{name} {said}, but it is one number for all features. {CURES[name]}"
+    for call in calls:
+        assert_refused(lambda call=call: call(given), message)
+        if isinstance(given, jax.Array):
+            assert_refused(lambda call=call: jax.jit(call)(given), message)
+
+
+@pytest.mark.parametrize("given", [0.5, np.float32(0.5), np.array(0.5), jnp.array(0.5)])
+def test_every_kind_of_number_is_one(given):
+    half = bnjax.ema(M, bnjax.moments(X), momentum=0.5)
+    chex.assert_trees_all_equal(bnjax.ema(M, bnjax.moments(X), momentum=given), half)
+    y, _ = bnjax.batch_norm(X, epsilon=0.5)
+    np.testing.assert_array_equal(bnjax.batch_norm(X, epsilon=given)[0], y)
 
 
 def test_debias_with_a_schedule():

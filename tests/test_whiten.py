@@ -538,7 +538,7 @@ REFUSED = {
     ),
     "iterations": (
         lambda: bnjax.whiten(X, COV, method="newton_schulz", iterations=0),
-        "iterations is 0. Choose at least 1.",
+        "iterations is 0. Choose a whole number, at least 1.",
     ),
     "epsilon": (
         lambda: bnjax.whiten(X, COV, epsilon=0.0),
