@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax._arguments import check_ddof, check_features, check_momentum, is_static, promote
-from bnjax._rounding import real_dtype, total
+from bnjax._rounding import moved, real_dtype
 from bnjax._statistic import M, Statistic, cast
 
 Momentum = ArrayLike | Callable[[ArrayLike], ArrayLike] | None
@@ -157,7 +157,7 @@ def _step(kept: M, batch: M, share: ArrayLike, *, ddof: int) -> M:
     gap = jnp.where(seen, (new.mean - old.mean) + (new.remainder - old.remainder), 0)
     pairs = (old.mean, new.mean), (old.remainder, new.remainder)
     (base, rest), step = _shorter_way(pairs, gap, jnp.where(seen, share, 0))
-    mean, remainder = total(base, rest + step)
+    mean, remainder = moved(base, rest, step)
     target = unbiased(new, ddof)
     change = jnp.where(above, target - old.second, 0)
     (base,), step = _shorter_way([(old.second, target)], change, jnp.where(above, share, 0))

@@ -42,6 +42,13 @@ def total(a: Array, b: Array) -> tuple[Array, Array]:
     return s, ((a - by) - (high - by)) + b
 
 
+def moved(a: Array, rest: Array, step: Array) -> tuple[Array, Array]:
+    """The sum a + rest of `total` after a step: to the last bit the same one after a step of 0."""
+    stays = lax.stop_gradient(step) == 0
+    s, lost = total(a, jnp.where(stays, step, rest + step))
+    return s, jnp.where(stays, rest, lost)
+
+
 def abs2(z: Array) -> Array:
     """|z|^2, real."""
     return jnp.real(z * jnp.conj(z))

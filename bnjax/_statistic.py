@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from bnjax._arguments import promote
 from bnjax._masks import divisor
-from bnjax._rounding import near, real_dtype, total
+from bnjax._rounding import moved, near, real_dtype, total
 from bnjax._xla import saved
 
 AxisName = Hashable | tuple[Hashable, ...]
@@ -107,7 +107,7 @@ def merge(a: M, b: M) -> M:
     gap = (small.mean - large.mean) + (small.remainder - large.remainder)
     delta, base = jnp.where(any_small, gap, 0), jnp.where(any_large, large.mean, 0)
     rest = jnp.where(any_large, large.remainder, 0)
-    mean, remainder = total(base, rest + share.astype(dtype) * delta)
+    mean, remainder = moved(base, rest, share.astype(dtype) * delta)
     share = share.astype(a.second.dtype)
     change = jnp.where(any_small, small.second - large.second, 0)
     second = large.second + share * (change + (1 - share) * a.shift(delta, change))

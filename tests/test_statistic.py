@@ -401,3 +401,25 @@ def test_a_scan_of_merges_starts_where_the_features_lie():
     assert jax.typeof(m.mean) == jax.typeof(start.mean)
     expected = reference.moments(x.reshape(48, 8)).var
     np.testing.assert_allclose(m.var, expected.astype(float), rtol=2e-6)
+
+
+def test_nothing_changes_no_bit():
+    """Also where a remainder is all but half of the mean's last digit, and would round it."""
+    x = np.random.default_rng(0).integers(0, 17, (1797, 640)).astype(np.float32)
+    m = functools.reduce(bnjax.merge, map(bnjax.moments, np.split(x, (458, 727, 958, 1220, 1233))))
+    nothing = bnjax.Moments(np.full(640, np.nan), np.full(640, np.nan))
+    for merged in (bnjax.merge(m, nothing), jax.jit(bnjax.merge)(nothing, m)):
+        chex.assert_trees_all_equal(merged.mean, m.mean)
+        chex.assert_trees_all_equal(merged.remainder, m.remainder)
+    kept = bnjax.ema(m, nothing, momentum=0.5)
+    chex.assert_trees_all_equal((kept.mean, kept.remainder), (m.mean, m.remainder))
+
+
+def test_a_step_of_zero_has_a_derivative():
+    """Two parts of equal means: the merged mean still follows each."""
+
+    def f(delta):
+        b = bnjax.Moments(jnp.ones(1) + delta, jnp.ones(1), 3.0)
+        return bnjax.merge(bnjax.Moments(jnp.ones(1), jnp.ones(1), 1.0), b).mean[0]
+
+    np.testing.assert_allclose(jax.grad(f)(0.0), 0.75, rtol=1e-6)
