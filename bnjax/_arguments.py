@@ -78,13 +78,13 @@ def check_epsilon(epsilon: ArrayLike, dtype: DTypeLike = np.float32) -> None:
         raise ValueError(f"epsilon is {said}, but it keeps the variance away from zero. {cure}")
 
 
-def check_momentum(momentum: ArrayLike) -> None:
+def check_momentum(momentum: ArrayLike, name: str = "momentum") -> None:
     """Refuses a momentum outside [0, 1], where its value is known."""
     cure = "Choose a number from 0 to 1."
-    check_number("momentum", momentum, cure)
+    check_number(name, momentum, cure)
     if is_static(momentum) and not 0 <= np.asarray(momentum) <= 1:
         raise ValueError(
-            f"momentum is {momentum}, but it is the share of the running statistics that is "
+            f"{name} is {momentum}, but it is the share of the running statistics that is "
             f"kept. {cure}"
         )
 

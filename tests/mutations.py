@@ -61,6 +61,8 @@ MUTATIONS = [
     ("m = m if axis_name is None else pmerge(", "m = m if True else pmerge(", "ghost"),
     ('not emits or self.is_mutable_collection("batch_stats")', "not emits", "trees"),
     ("lax.stop_gradient(value))", "value)", "nnx"),
+    ("            m = cast(m, promote(x.dtype, jnp.result_type(m.mean)))\n", "", "eval_momentum"),
+    ("seen = finite[0] & finite[1]", "seen = finite[0]", "eval_momentum"),
     # Networks
     ("jnp.max(steps, 0)", "jnp.min(steps, 0)", "trees"),
     ("jnp.where(finite, new, old)", "new", "recalibrate"),

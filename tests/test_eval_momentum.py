@@ -3,45 +3,50 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import layouts
 import numpy as np
 import pytest
 import reference
+from checks import assert_refused, assert_same_bits
 from flax import nnx
+from samples import RATIOS, fresh
 
 import bnjax
 
 RUNNING = np.array([1.0, -2.0, 0.5], np.float32), np.array([2.0, 0.5, 1.0], np.float32)
 
 
-def linen_eval(x, mask=None, **fields):
+def linen_eval(x, mask=None, running=RUNNING, **fields):
     layer = bnjax.linen.BatchNorm(
         use_running_average=True, use_scale=False, use_bias=False, **fields
     )
-    stats = {"mean": RUNNING[0], "var": RUNNING[1]}
+    stats = dict(zip(("mean", "var"), running, strict=True))
     y, updates = layer.apply({"batch_stats": stats}, x, mask=mask, mutable=["batch_stats"])
     jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], stats)
     return y
 
 
-def nnx_eval(x, mask=None, **fields):
+def nnx_eval(x, mask=None, running=RUNNING, **fields):
     layer = bnjax.nnx.BatchNorm(
         3, use_running_average=True, use_scale=False, use_bias=False, rngs=nnx.Rngs(0), **fields
     )
-    layer.mean[...], layer.var[...] = map(jnp.asarray, RUNNING)
+    layer.mean, layer.var = (nnx.BatchStat(jnp.asarray(p)) for p in running)
     y = layer(x, mask=mask)
     if not isinstance(x, jax.core.Tracer):
-        np.testing.assert_array_equal(layer.mean[...], RUNNING[0])
+        jax.tree.map(np.testing.assert_array_equal, (layer.mean[...], layer.var[...]), running)
     return y
 
 
 every_layer = pytest.mark.parametrize("layer", [linen_eval, nnx_eval])
 
 
-def mixed(x, momentum, where=None):
+def mixed(x, momentum, where=None, running=RUNNING):
     """Schneider et al. (2020), in NumPy: means and variances are averaged, each by itself."""
     m = reference.moments(x, where=where)
+    share = reference.wide(momentum)
     mean, var = (
-        momentum * old + (1 - momentum) * new for old, new in zip(RUNNING, m, strict=False)
+        share * reference.wide(old) + (1 - share) * new
+        for old, new in zip(running, m, strict=False)
     )
     return reference.normalize(x, mean, var)
 
@@ -53,21 +58,66 @@ def batch(ratio=0.0):
 
 @every_layer
 @pytest.mark.parametrize("momentum", [0.0, 0.25, 16 / (16 + 12)])
-def test_evaluation_mixes_in_the_batch(layer, momentum):
-    x = batch(ratio=3.0)
-    where = np.arange(12)[:, None] < 7
-    y = layer(x, eval_momentum=momentum)
-    np.testing.assert_allclose(y, mixed(x, momentum), rtol=0, atol=2e-6)
-    y = layer(x, where, eval_momentum=momentum)
-    np.testing.assert_allclose(y, mixed(x, momentum, where), rtol=0, atol=2e-6)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_evaluation_mixes_in_the_batch(layer, momentum, ratio):
+    x, running = batch(ratio), (np.float32(ratio) + RUNNING[0], RUNNING[1])
+    for where in None, np.arange(12)[:, None] < 7:
+        f = jax.jit(lambda x, w=where: layer(x, w, running, eval_momentum=momentum))
+        expected = mixed(x, momentum, where, running)
+        np.testing.assert_allclose(f(x), expected, rtol=0, atol=2e-6)
 
 
 @every_layer
-@pytest.mark.parametrize("ratio", [1e2, 1e5])
-def test_the_batch_alone_is_exact_at_large_means(layer, ratio):
-    x = batch(ratio)
+def test_what_is_remembered_may_be_far_off(layer):
+    x = batch(1e6)
     y = jax.jit(lambda x: layer(x, eval_momentum=0.0))(x)
     np.testing.assert_allclose(y, reference.batch_norm(x), rtol=0, atol=2e-6)
+    y = jax.jit(lambda x: layer(x, eval_momentum=0.5))(x)
+    np.testing.assert_allclose(y, mixed(x, 0.5).astype(float), rtol=1e-6)
+
+
+@every_layer
+@pytest.mark.parametrize("kept", [jnp.float32, jnp.bfloat16])
+def test_nothing_of_the_batch_is_rounded_to_what_is_remembered(layer, kept):
+    """As in training, where state of fewer bits, or a real one, takes nothing from the output."""
+    running = jnp.full(3, 3, kept), jnp.ones(3, kept)
+    x = batch(3.0) + 1j * batch(-2.0)[::-1]
+    np.testing.assert_allclose(
+        layer(x, running=running, eval_momentum=0.0), reference.batch_norm(x), rtol=0, atol=2e-6
+    )
+    with jax.enable_x64():
+        x = batch(3.0) + np.random.default_rng(1).standard_normal((12, 3))
+        y = layer(x, running=running, eval_momentum=0.0)
+    np.testing.assert_allclose(y, reference.batch_norm(x).astype(float), rtol=0, atol=1e-14)
+
+
+@every_layer
+def test_what_the_mask_leaves_without_values_keeps_what_is_remembered(layer):
+    x, where = batch(), np.ones((12, 3), bool)
+    where[:, 1] = False
+    expected = mixed(x, 0.25, where).astype(float)
+    expected[:, 1] = mixed(x, 1.0)[:, 1]
+    y = layer(x, where, eval_momentum=0.25)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6)
+
+
+@every_layer
+def test_a_share_that_is_none_is_refused(layer):
+    cure = "Choose a number from 0 to 1."
+    for bad in (-0.1, 1.5, float("nan")):
+        assert_refused(
+            lambda bad=bad: layer(batch(), eval_momentum=bad),
+            f"eval_momentum is {bad}, but it is the share of the running statistics that is kept. "
+            + cure,
+        )
+    assert_refused(
+        lambda: layer(batch(), eval_momentum=None),
+        f"eval_momentum is None, but it is one number for all features. {cure}",
+    )
+    assert_refused(
+        lambda: layer(batch(), eval_momentum=np.ones(3)),
+        f"eval_momentum has shape (3,), but it is one number for all features. {cure}",
+    )
 
 
 def test_both_wings_agree_bit_for_bit():
@@ -86,6 +136,25 @@ def test_one_is_the_program_without_it(layer):
     assert plain == given
     assert "reduce_sum" not in plain
     assert "reduce_sum" in str(jax.make_jaxpr(lambda x: layer(x, eval_momentum=0.5))(batch()))
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+@pytest.mark.parametrize("case", ["no mask", "one replica masked", "mask per feature"])
+def test_the_batch_alone_is_training_without_its_state(layout, case):
+    """In every layout, gradients through the batch's statistics included; nothing is written."""
+    x, dy, scale, bias = layouts.batch(ratio=1e2)
+    where = layouts.cases()[case]
+
+    def apply(x, scale, bias, where, axis_name):
+        layer = bnjax.linen.BatchNorm(
+            use_running_average=True, eval_momentum=0.0, axis_name=axis_name
+        )
+        variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": fresh(6)}
+        y = layer.apply(variables, x, mask=where)
+        return y, bnjax.moments(x, where=where, axis_name=axis_name)
+
+    result = layouts.LAYOUTS[layout](x, dy, where, scale, bias, apply=apply)
+    layouts.assert_is_whole_batch(result, x, dy, where, scale, bias)
 
 
 @every_layer
@@ -107,6 +176,60 @@ def test_each_layer_of_a_network_measures_what_mixed_layers_below_give():
     below = np.maximum(reference.normalize(x, *half(x)), 0)
     expected = reference.normalize(below, *half(below))
     np.testing.assert_allclose(network.apply(variables, x), expected, rtol=0, atol=2e-6)
+
+
+def test_nnx_sets_it_on_a_model():
+    """And takes it back; under `nnx.jit`, too."""
+    rngs = nnx.Rngs(0)
+    norms = [bnjax.nnx.BatchNorm(3, rngs=rngs) for _ in range(2)]
+    model = nnx.Sequential(norms[0], nnx.relu, norms[1])
+    model.eval()
+    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))
+    call = nnx.jit(lambda model, x: model(x))
+    x = batch(ratio=2.0)
+    below = np.maximum(reference.normalize(x, *half(x)), 0)
+    plain = call(model, x)
+    model.set_attributes(eval_momentum=0.5)
+    expected = reference.normalize(below, *half(below))
+    np.testing.assert_allclose(call(model, x), expected, rtol=0, atol=2e-6)
+    assert_same_bits(nnx.state(model, nnx.BatchStat), before)
+    model.set_attributes(eval_momentum=1.0)
+    assert_same_bits(call(model, x), plain)
+
+
+OTHERS = {
+    "whitened": (bnjax.linen.DecorrelatedBatchNorm, bnjax.nnx.DecorrelatedBatchNorm, {}),
+    "renorm": (bnjax.linen.BatchRenorm, bnjax.nnx.BatchRenorm, {}),
+    "ghosts": (bnjax.linen.BatchNorm, bnjax.nnx.BatchNorm, {"ghost_batch_size": 4}),
+    "plain average": (bnjax.linen.BatchNorm, bnjax.nnx.BatchNorm, {"momentum": None, "ddof": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("momentum", [0.0, 0.3])
+def test_every_kind_of_layer_has_it(kind, momentum):
+    """A field of both bases: what is mixed is the statistic that the kind remembers."""
+    of_linen, of_nnx, fields = OTHERS[kind]
+    fields = fields | {"eval_momentum": momentum, "use_running_average": True}
+    x = batch(3.0)
+    y = of_linen(**fields).apply({"batch_stats": start(kind), "params": AFFINE}, x)
+    assert_same_bits(y, of_nnx(3, rngs=nnx.Rngs(0), **fields)(x))
+    if kind == "whitened":
+        m = bnjax.ema(bnjax.CovMoments.initial(3), bnjax.cov_moments(x), momentum=momentum)
+        expected = np.linalg.inv(np.linalg.cholesky(np.asarray(m.cov[0]) + 1e-5 * np.eye(3)))
+        expected = (x - np.asarray(m.mean, float)) @ expected.T
+    else:
+        expected = mixed(x, momentum, running=(np.zeros(3), np.ones(3)))
+    np.testing.assert_allclose(y, expected.astype(float), rtol=0, atol=5e-6)
+
+
+AFFINE = {"scale": jnp.ones(3), "bias": jnp.zeros(3)}
+
+
+def start(kind):
+    if kind == "whitened":
+        return {"mean": jnp.zeros(3), "cov": jnp.eye(3)[None]}
+    return fresh()
 
 
 def half(x):
@@ -166,3 +289,74 @@ def test_a_bad_batch_among_whitened_features_leaves_all_of_them():
     jax.tree.map(
         np.testing.assert_array_equal, updates["batch_stats"], dict(variables["batch_stats"])
     )
+
+
+@pytest.mark.parametrize("wing", ["linen", "nnx"])
+def test_a_bad_replica_is_seen_by_all(wing):
+    """After the merge: no replica remembers the feature, whichever had the NaN, and all agree."""
+    x = batch(2.0).reshape(3, 4, 3)
+    x[1, 2, 1] = np.nan
+    fields = {"axis_name": "i", "skip_nonfinite": True}
+    if wing == "linen":
+        y, mean, var, moments = jax.vmap(lambda x: linen_train(x, **fields), axis_name="i")(x)
+        count = moments["moments"].count
+    else:
+        layer = bnjax.nnx.BatchNorm(3, momentum=0.5, emit=True, rngs=nnx.Rngs(0), **fields)
+        every = nnx.StateAxes({...: None})
+        y = nnx.vmap(lambda layer, x: layer(x), in_axes=(every, 0), axis_name="i")(layer, x)
+        mean, var = layer.mean[...][None], layer.var[...][None]
+        count = nnx.pop(layer, bnjax.nnx.BatchMoments)["moments"].count[None]
+    whole = x.reshape(12, 3)
+    for replica in range(len(mean)):
+        np.testing.assert_allclose(
+            mean[replica], [0.5 * whole[:, 0].mean(), 0, 0.5 * whole[:, 2].mean()], rtol=1e-5
+        )
+        np.testing.assert_array_equal(count[replica], [12, 0, 12])
+    assert np.isfinite(var).all()
+    assert np.isnan(y[:, :, 1]).all()  # the output is what it is, in every replica
+
+
+@pytest.mark.parametrize("train", [linen_train, nnx_train])
+@pytest.mark.parametrize("fields", [{}, {"ghost_batch_size": 4}])
+def test_the_output_of_a_bad_batch_is_what_it_is(train, fields):
+    x = batch()
+    x[3, 1] = np.inf
+    y, mean, var, _ = train(x, skip_nonfinite=True, **fields)
+    np.testing.assert_array_equal(y, train(x, **fields)[0])
+    assert (mean[1], var[1]) == (0, 1)
+    assert np.isfinite(mean).all()
+    assert np.isfinite(var).all()
+
+
+@pytest.mark.parametrize("train", [linen_train, nnx_train])
+def test_a_variance_that_overflows_is_not_remembered(train):
+    x = batch()
+    x[:, 1] *= 1e25
+    _, mean, var, _ = train(x, skip_nonfinite=True)
+    assert (mean[1], var[1]) == (0, 1)
+
+
+def test_a_bad_call_is_neutral_among_the_moments_of_several():
+    layer = bnjax.nnx.BatchNorm(3, emit="only", skip_nonfinite=True, rngs=nnx.Rngs(0))
+    bad = batch()
+    bad[3, 1] = np.nan
+    for x in (batch(), bad, batch(1.0)):
+        layer(x)
+    (m,) = jax.tree.leaves(nnx.pop(layer, bnjax.nnx.BatchMoments), is_leaf=is_moments)
+    np.testing.assert_array_equal(m.count, [36, 24, 36])
+    expected = reference.merge([batch(), batch(1.0)])
+    np.testing.assert_allclose(m.mean[1], float(expected.mean[1]), rtol=1e-5)
+    np.testing.assert_allclose(m.var[1], float(expected.var[1]), rtol=1e-5)
+
+
+def is_moments(node):
+    return isinstance(node, bnjax.Moments)
+
+
+@pytest.mark.parametrize("train", [linen_train, nnx_train])
+def test_a_batch_that_is_wholly_bad_is_no_step(train):
+    """Steps count updates, so debiasing goes on as if the batch had not been."""
+    y, mean, var, _ = train(np.full((12, 3), np.nan, np.float32), skip_nonfinite=True, debias=True)
+    np.testing.assert_array_equal(mean, np.zeros(3))
+    np.testing.assert_array_equal(var, np.ones(3))
+    assert np.isnan(y).all()

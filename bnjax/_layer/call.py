@@ -6,12 +6,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax._arguments import Axes, is_static
+from bnjax._arguments import Axes, check_momentum, is_static, promote
 from bnjax._average import Momentum, Stats, ema
 from bnjax._layer.ghosts import in_ghosts
 from bnjax._layer.notices import warn_of_single_values
 from bnjax._layer.recipe import Apply, Recipe
-from bnjax._statistic import AxisName, Groups, M, pmerge
+from bnjax._statistic import AxisName, Groups, M, cast, pmerge
 from bnjax._sums import Guess, Pivot
 
 
@@ -56,6 +56,8 @@ def call(
     """The output, and in training the batch's moments, which are to be remembered or emitted."""
     if layer.pivot not in ("auto", "batch", "running"):
         raise ValueError(f"pivot is {layer.pivot!r}. Choose 'auto', 'batch' or 'running'.")
+    share = layer.eval_momentum
+    check_momentum(share, "eval_momentum")
     axis, axis_name, groups = layer.axis, layer.axis_name, layer.axis_index_groups
 
     def run(apply: Apply[M], x: Array, m: M, mask: ArrayLike | None) -> Array:
@@ -81,10 +83,11 @@ def call(
 
     if use_running_average or (initializing and x.size == 0):
         m = recipe.running(stats)
-        if not initializing and not (is_static(layer.eval_momentum) and layer.eval_momentum == 1):
-            # With a remainder, so that what is left of a large mean is not rounded away.
+        if not initializing and not (is_static(share) and share == 1):
+            # In x's dtype and with a remainder, so that nothing of the batch is rounded away.
             m = m.make(m.mean, m.second, remainder=jnp.zeros_like(m.mean))
-            m = ema(m, measure(x, mask, None, axis_name, groups), momentum=layer.eval_momentum)
+            m = cast(m, promote(x.dtype, jnp.result_type(m.mean)))
+            m = ema(m, measure(x, mask, None, axis_name, groups), momentum=share)
         return run(recipe.apply, x, m, mask), None
     apply = recipe.apply if recipe.correct is None else recipe.correct(stats)
     ghosts = layer.ghost_batch_size

@@ -86,7 +86,8 @@ class Base(Mode, Generic[M]):
 
         Raises:
           ValueError: for input, mask, parameters or settings that do not fit.
-          NameError: for an `axis_name` that is not mapped, in training.
+          NameError: for an `axis_name` that is not mapped, in training or with an `eval_momentum`
+            below 1.
           flax.errors.ModifyScopeVariableError: in training without
             `mutable=["batch_stats"]` (or `["moments"]`) in `apply`.
         """

@@ -130,7 +130,8 @@ class Base(nnx.Module, Generic[M]):
 
         Raises:
           ValueError: for input, mask, parameters or settings that do not fit.
-          NameError: for an `axis_name` that is not mapped, in training.
+          NameError: for an `axis_name` that is not mapped, in training or with an `eval_momentum`
+            below 1.
         """
         if use_running_average is None:
             use_running_average = self.use_running_average
