@@ -4,7 +4,7 @@ BIN := .venv/bin
 LOWEST := jax==0.8.0 jaxlib==0.8.0 flax==0.12.0
 PYTEST := $(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo quick test lint bench compiled notebooks docs browser test-lowest test-newest clean
+.PHONY: demo quick test lint bench compiled programs notebooks docs browser test-lowest test-newest clean
 
 demo: .venv/demo.done  ## train on handwritten digits, with and without batch normalization
 	$(BIN)/python notebooks/train_digits.py
@@ -36,6 +36,9 @@ bench: .venv/bench.done  ## time and memory, side by side with the other librari
 compiled: .venv/demo.done  ## what the compilers for a CPU, a TPU and an H100 make of it; no device is needed
 	$(BIN)/python tests/bench/compiled.py $(ARGS)
 
+programs: .venv/programs/programs$(if $(filter --all,$(ARGS)),-all).done  ## others' programs with our layers in place of theirs
+	.venv/programs/bin/pytest -W default tests/real $(ARGS)
+
 test-lowest:  ## the wheel, outside the checkout, on the oldest JAX and Flax: what depends on them
 	.ci/test_wheel $(PYTHON) $(LOWEST)
 
@@ -46,6 +49,12 @@ test-newest:  ## the same on the newest that $(PYTHON) gets
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+.venv/programs/%.done: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --editable ".[$*]"
 	touch $@
 
 clean:

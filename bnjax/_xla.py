@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
@@ -52,7 +53,10 @@ def once(positive: Array, *vs: Array) -> tuple[Array, ...]:
     """
     if jax.__version_info__ < (0, 10):  # the saving policy would pay for it with memory
         return vs
-    ones = jnp.where(lax.stop_gradient(positive) >= 0, 1, 2).astype(jnp.finfo(vs[0].dtype).dtype)
+    # Not `jnp.where`: jax2onnx replaces that, and JAX remembers what it traced for an export.
+    one, two = (lax.full_like(positive, n, np.int32) for n in (1, 2))
+    ones = lax.select(lax.stop_gradient(positive) >= 0, one, two)
+    ones = ones.astype(jnp.finfo(vs[0].dtype).dtype)
     # A complex division is not exact.
     return tuple(v if jnp.iscomplexobj(v) else v / ones for v in vs)
 
