@@ -180,6 +180,7 @@ def blocked_product(a: Array, b: Array) -> Array:
     XLA's CPU backend multiplies small matrices row by row: over 65536 rows a covariance of two
     features with condition number 1e3 is off by 7e-3, in blocks by 4e-5. First a power of two
     of blocks, which a sharded batch divides into evenly; then parts of them, padded with zeros.
+    A free number of rows, as `jax.export` knows them, is cut into parts of one length.
     """
     groups, *rows, size = a.shape
     if sharded_axes(a):  # no reshaping
@@ -187,13 +188,15 @@ def blocked_product(a: Array, b: Array) -> Array:
         whole = NamedSharding(jax.typeof(a).sharding.mesh, P(None, None, None))
         numbers = ((axes, axes), ((0,), (0,)))
         return lax.dot_general(a, b, numbers, precision=EXACT, out_sharding=whole)
-    n, blocks, least = math.prod(rows), 1, max(32, 8 * size)
-    while n % (2 * blocks) == 0 and n // (2 * blocks) >= least:
-        blocks *= 2
-    parts = max(n // blocks // least, 1)
-    spare = -(n // blocks) % parts
+    n, blocks, length = math.prod(rows), 1, max(32, 8 * size)
+    if isinstance(n, int):
+        while n % (2 * blocks) == 0 and n // (2 * blocks) >= length:
+            blocks *= 2
+        length = -(-(n // blocks) // max(n // blocks // length, 1))
+    parts = -(-(n // blocks) // length)
+    spare = parts * length - n // blocks
     a, b = (p.reshape(groups, blocks, n // blocks, size) for p in (a, b))
-    if spare:
+    if not isinstance(spare, int) or spare:
         a, b = (jnp.pad(p, ((0, 0), (0, 0), (0, spare), (0, 0))) for p in (a, b))
-    a, b = (p.reshape(groups, blocks * parts, -1, size) for p in (a, b))
+    a, b = (p.reshape(groups, blocks * parts, length, size) for p in (a, b))
     return jnp.sum(jnp.einsum("gbni,gbnj->gbij", a, b, precision=EXACT), 1)

@@ -34,7 +34,7 @@ MUTATIONS = [
     ("checkpoint_name(a, MOMENTS_NAME)", "a", "memory"),
     ("max(32, 8 * size)", "10**9", "whiten"),
     # Pivots
-    ("FAR = 4.0", "FAR = 1e30", "moments normalize"),
+    ("FAR = 2.0", "FAR = 1e30", "moments normalize"),
     ("c = jnp.where(jnp.isfinite(c), c, 0)", "c = c + 0", "moments normalize"),
     # Merging
     ("(1 - share) * a.shift(delta, change)", "0 * change", "moments"),

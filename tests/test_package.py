@@ -1,5 +1,6 @@
 """What importing the package loads, and what it offers."""
 
+import ast
 import importlib.resources
 import inspect
 import os
@@ -127,3 +128,52 @@ def test_no_test_file_imports_another():
     """What they share lies in modules beside them: `checks`, `samples`, `reference`, ..."""
     for file in Path(__file__).parent.glob("test_*.py"):
         assert not re.findall(r"^\s*(?:from|import) test_\w+", file.read_text(), re.MULTILINE), file
+
+
+ORDER = [
+    *("_arguments", "_rounding", "_xla", "_masks"),
+    *("_statistic", "_sums", "_moments", "_covariance", "_average"),
+    *("_normalize", "_renormalize", "_whiten"),
+    *("_trees", "_recalibrate", "_drift", "_decay"),
+    *("_fold", "_fold_model", "_torch"),
+    *("_layer", "linen", "nnx"),
+]
+
+
+def imports(path):
+    """`(file, name)` of all that a file imports from others of the package, as ORDER calls them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "bnjax":
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}".split(".")
+                yield whole[1], whole[-1] if len(whole) > 2 else None
+        elif isinstance(node, ast.Import):
+            for whole in (alias.name.split(".") for alias in node.names):
+                if whole[0] == "bnjax":
+                    yield whole[1], None
+
+
+def test_imports_run_one_way():
+    """Each file builds on those before it; the wings not on each other. What begins with an
+    underscore stays in its file."""
+    package = Path(bnjax.__file__).parent
+    met = set()
+    for path in package.rglob("*.py"):
+        own = path.relative_to(package).parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        met.add(own)
+        for file, name in imports(path):
+            inside = file == own and path.parent != package
+            wings = {own, file} == {"linen", "nnx"}
+            earlier = ORDER.index(file) < ORDER.index(own) and not wings
+            assert earlier or inside, f"{path.name} imports from {file}"
+            assert not (name or "").startswith("_"), f"{path.name} imports {name}"
+    assert met == set(ORDER)
+
+
+def test_contributors_are_told_that_order():
+    page = Path(__file__).parents[1] / "notebooks" / "guide" / "contributing.md"
+    table = page.read_text().split("| file | its idea |")[1].split("\n\n")[0]
+    listed = re.findall(r"`(\w+)(?:\.py|/)`", "".join(re.findall(r"^\|([^|]*)\|", table, re.M)))
+    assert listed == ORDER
