@@ -183,7 +183,7 @@ def cov_moments(
     groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
     program = Program(reduced, axis_name=axis_name, groups=groups)
     with explained(axis_name, axis_index_groups):
-        return _measure(program, x, weights, pivot, features, size)
+        return _cov_moments_of(program, x, weights, pivot, features, size)
 
 
 def check_group_size(group_size: int | None, features: int) -> int:
@@ -212,13 +212,13 @@ def ungrouped(d: Array, features: Shape, reduced: Shape, shape: Shape) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("program", "features", "size"))
-def _measure(
+def _cov_moments_of(
     program: Program, x: Array, w: Array | None, c: Array | None, features: Shape, size: int
 ) -> CovMoments:
     reduced = program.reduced
     count = _masks.count(x, w, features, reduced, real_dtype(promote(x.dtype)))
     if c is None:
-        s, n = program.shared(_masks.total(x, w, reduced), count)
+        s, n = program.shared(_masks.weighted_sum(x, w, reduced), count)
         c = s / _masks.divisor(n).astype(s.dtype)
     c = saved(near(c))
     parts = *saved(_sums(x, c, w, features, reduced, size)), count

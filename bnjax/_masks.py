@@ -27,15 +27,15 @@ def count(x: Array, w: Array | None, features: Shape, reduced: Shape, dtype: DTy
     """The sum of the weights, as wide as the weights vary: a scalar if all features have one."""
     if w is None:
         return jnp.asarray(math.prod(x.shape[i] for i in reduced), dtype)
-    total = jnp.sum(w, reduced, dtype=dtype) * math.prod(
+    whole = jnp.sum(w, reduced, dtype=dtype) * math.prod(
         x.shape[i] for i in reduced if w.shape[i] == 1
     )
-    if total.size == 1:
-        return total.reshape(())
-    return jnp.broadcast_to(total, tuple(x.shape[i] for i in features))
+    if whole.size == 1:
+        return whole.reshape(())
+    return jnp.broadcast_to(whole, tuple(x.shape[i] for i in features))
 
 
-def total(x: Array, w: Array | None, reduced: Shape) -> Array:
+def weighted_sum(x: Array, w: Array | None, reduced: Shape) -> Array:
     """sum(w x), rounded like any sum: with the count, a pivot."""
     return jnp.sum(weigh(hide(x.astype(promote(x.dtype)), w), w), reduced)
 

@@ -199,11 +199,13 @@ def moments_near(
         check_features(guess.name, c.shape, tuple(x.shape[i] for i in features))
     groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
     with explained(axis_name, axis_index_groups):
-        return _measure(Program(reduced, pivot, axis_name, groups), x, c, slack, weights, features)
+        return _moments_of(
+            Program(reduced, pivot, axis_name, groups), x, c, slack, weights, features
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("program", "features"))
-def _measure(
+def _moments_of(
     program: Program,
     x: Array,
     c: Array | None,

@@ -76,7 +76,7 @@ def sums(
 
     `slack` is added to the variance where the guard compares the two.
     """
-    measure = functools.partial(_measure, program)
+    measure = functools.partial(_pivoted_sums, program)
     return per_backend(
         x,
         c,
@@ -95,10 +95,10 @@ def _rule(program: Program, primals: Any, tangents: Any) -> Any:
     moving = moving_of(tangents)
     dcount = moving.pop(3, jnp.zeros_like(count))
 
-    def about(x: Array, c: Array, w: Array | None) -> tuple[Array, Array]:
+    def pair(x: Array, c: Array, w: Array | None) -> tuple[Array, Array]:
         return _together(x, c, w, program.reduced)
 
-    d1, d2 = derivative(about, (x, c, w), moving)
+    d1, d2 = derivative(pair, (x, c, w), moving)
     return (c, s1, s2, count), (jnp.zeros_like(c), *program.shared(d1, d2, dcount))
 
 
@@ -115,8 +115,8 @@ def _together(
 
 def _apart(x: Array, c: Array, w: Array | None, reduced: Shape) -> tuple[Array, Array]:
     """The same for XLA's CPU backend, which writes out a difference that two sums share."""
-    first, second = apart(c)
-    return _together(x, first, w, reduced)[0], _together(x, second, w, reduced)[1]
+    c1, c2 = apart(c)
+    return _together(x, c1, w, reduced)[0], _together(x, c2, w, reduced)[1]
 
 
 def _staged(x: Array, c: Array, w: Array | None, reduced: Shape) -> tuple[Array, Array]:
@@ -143,7 +143,7 @@ def _staged(x: Array, c: Array, w: Array | None, reduced: Shape) -> tuple[Array,
     return jnp.sum(s1, first), jnp.sum(s2, first)
 
 
-def _measure(
+def _pivoted_sums(
     program: Program,
     both: Both,
     x: Array,
@@ -164,7 +164,7 @@ def _measure(
         if samples and w is None and (places := _sample(x, program.reduced)):
             part = x[places]
             n = _masks.count(part, None, (), program.reduced, count.dtype)
-        s, n = program.shared(_masks.total(part, w, program.reduced), n)
+        s, n = program.shared(_masks.weighted_sum(part, w, program.reduced), n)
         return about(s / _masks.divisor(n).astype(s.dtype) + like)
 
     alone = program.axis_name is None
