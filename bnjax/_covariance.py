@@ -66,7 +66,7 @@ class CovMoments(NamedTuple):
         mean = jnp.zeros(features, promote(dtype))
         size = check_group_size(group_size, mean.size)
         cov = jnp.tile(jnp.eye(size, dtype=mean.dtype), (mean.size // size, 1, 1))
-        return cls(mean, cov, jnp.zeros((), real_dtype(mean.dtype)), mean)
+        return cls(mean, cov, jnp.zeros((), real_dtype(mean.dtype)), jnp.zeros_like(mean))
 
     @property
     def second(self) -> Any:

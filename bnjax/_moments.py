@@ -68,7 +68,8 @@ class Moments(NamedTuple):
         """
         zeros = jnp.zeros(features, promote(dtype))
         real = jnp.zeros(features, real_dtype(zeros.dtype))
-        return cls(zeros, jnp.ones_like(real), real, zeros)
+        # No array twice, so that all can be donated.
+        return cls(zeros, jnp.ones_like(real), real, jnp.zeros_like(zeros))
 
     @property
     def second(self) -> Any:

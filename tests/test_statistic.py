@@ -330,6 +330,18 @@ def test_what_nothing_seen_looks_like():
     assert CovMoments.initial(4).cov.shape == (1, 4, 4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "measure"), [(Moments, bnjax.moments), (CovMoments, bnjax.cov_moments)]
+)
+def test_the_start_can_be_donated(kind, measure):
+    """As the state of a loop is: JAX refuses to donate an array twice."""
+    step = jax.jit(lambda m, x: bnjax.merge(m, measure(x)), donate_argnums=0)
+    m = kind.initial(4)
+    for _ in range(2):
+        m = step(m, normal((8, 4)))
+    assert jnp.max(m.count) == 16
+
+
 def test_a_group_size_that_does_not_divide():
     with pytest.raises(ValueError, match=r"^") as error:
         CovMoments.initial(4, group_size=3)
