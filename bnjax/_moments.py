@@ -33,9 +33,10 @@ class Moments(NamedTuple):
       mean: `[*features]`, at least float32.
       var: `[*features]`, real, biased: the weighted mean of |x - mean|^2.
       count: the sum of the weights, `[*features]` or a scalar. Zero is neutral in
-        `merge` and `ema`, and suits statistics that are only applied. In float32 it is exact
-        for 2^24 merges of batches of one size, and stays there: from then on the mean is that
-        of about the last 2^24 batches, and the variance theirs to within a tenth.
+        `merge` and `ema`, and suits statistics that are only applied. In float32 it is exact up
+        to 2^24 times the largest power of two that divides the batches' sizes, then rounded, and
+        stays at about 2^24 batches: from there on the mean is that of about the last 2^24, and
+        the variance theirs to within a tenth.
       remainder: what the mean's dtype could not hold, `[*features]` or a scalar: the
         true mean is `mean + remainder`. Zero for statistics from a checkpoint.
     """
