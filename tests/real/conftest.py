@@ -65,9 +65,8 @@ def row(record_property):
     def say(program, package, agreement, changed):
         if not isinstance(agreement, str):
             agreement = f"{agreement:.0e}"
-        record_property(
-            "row", f"| {program} | {package} {version(package)} | {agreement} | {changed} |"
-        )
+        release = f"{package} {version(package).split('+')[0]}"
+        record_property("row", f"| {program} | {release} | {agreement} | {changed} |")
 
     return say
 

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from agreement import difference
 from torch.nn.functional import cross_entropy
 
 import bnjax
@@ -168,12 +169,6 @@ def train_flax(variables):
 
 def channels_last(x):
     return jnp.moveaxis(jnp.asarray(x), 1, -1)
-
-
-def difference(ours, theirs):
-    """The largest one, as a share of the largest number."""
-    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
-    return max(np.abs(np.subtract(a, b)).max() / np.abs(b).max() for a, b in pairs)
 
 
 @pytest.fixture
