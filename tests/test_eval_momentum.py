@@ -280,6 +280,18 @@ def test_a_good_batch_is_remembered_as_always(train):
     jax.tree.map(np.testing.assert_array_equal, ours, plain)
 
 
+@pytest.mark.parametrize("train", [linen_train, nnx_train])
+def test_to_skip_reads_nothing_twice(train):
+    """Beyond the plain program it has work on features only, none on x."""
+    plain, skips = (
+        str(jax.make_jaxpr(lambda x, f=f: train(x, **f)[0])(batch()))
+        for f in ({}, {"skip_nonfinite": True})
+    )
+    assert plain.count("reduce_sum") == skips.count("reduce_sum")
+    assert plain.count("[12,3]") == skips.count("[12,3]")
+    assert plain.count("is_finite") < skips.count("is_finite")
+
+
 def test_a_bad_batch_among_whitened_features_leaves_all_of_them():
     x = batch()
     x[3, 1] = np.nan
