@@ -135,6 +135,12 @@ def stacked_layers(m: Statistic) -> int:
 
 def split_layers(batch_stats: Tree) -> tuple[Layers, Callable[[Layers], Tree]]:
     """The statistics of each layer by its path, and how to build such a tree again."""
+    for m in filter(is_statistic, jax.tree.leaves(batch_stats, is_leaf=is_statistic)):
+        raise ValueError(
+            f"batch_stats holds a {type(m).__name__}, but running statistics are "
+            f"{{'mean': ..., {m.second_name()!r}: ...}} of each layer, as linen's batch_stats and "
+            "nnx.state(model, nnx.BatchStat) hold them. For one Moments use bnjax.ema."
+        )
     leaves, treedef = tree_flatten_with_path(batch_stats)
     paths = [path_of(keys) for keys, _ in leaves]
     layers: Layers = {}

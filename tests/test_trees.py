@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from checks import assert_accurate
+from checks import assert_accurate, assert_refused
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -208,6 +208,25 @@ def test_moments_of_an_unknown_layer():
     assert str(error.value) == (
         "moments holds the layer c, but batch_stats has statistics only of a, b/norm. "
         "Take both from one network."
+    )
+
+
+@pytest.mark.parametrize("name", [None, "norm"])
+@pytest.mark.parametrize("function", ["update_stats", "drift", "recalibrate"])
+def test_running_statistics_that_are_moments(function, name):
+    m = bnjax.moments(batch())
+    moments = {"norm": {"moments": m}}
+    stats = m if name is None else {name: m}
+    calls = {
+        "update_stats": lambda: bnjax.update_stats(stats, moments, momentum=0.5),
+        "drift": lambda: bnjax.drift(stats, moments),
+        "recalibrate": lambda: bnjax.recalibrate(lambda m: m, stats, [moments]),
+    }
+    assert_refused(
+        calls[function],
+        "batch_stats holds a Moments, but running statistics are {'mean': ..., 'var': ...} of "
+        "each layer, as linen's batch_stats and nnx.state(model, nnx.BatchStat) hold them. For "
+        "one Moments use bnjax.ema.",
     )
 
 
