@@ -105,6 +105,7 @@ def test_derivatives_to_the_third_order(backend, pivot):
     with jax.enable_x64(True):
         x, w = rng.standard_normal((5, 2)), rng.uniform(0.5, 1, (5, 1))
 
+        @jax.jit
         def f(x, w):
             return jnp.sin(bnjax.batch_norm(x, where=w, pivot=np.full(2, pivot))[0])
 
