@@ -97,6 +97,11 @@ def merge(a: M, b: M) -> M:
       >>> print(m.mean, m.var, m.count)
       [4.] [3.5] 4.0
     """
+    return _merged(a, b)
+
+
+@jax.jit
+def _merged(a: M, b: M) -> M:
     dtype = promote(jnp.result_type(a.mean), jnp.result_type(b.mean))
     a, b = cast(a, dtype), cast(b, dtype)
     n, swap = a.count + b.count, b.count > a.count
@@ -150,6 +155,7 @@ def pmerge(m: M, axis_name: AxisName, *, axis_index_groups: Groups = None) -> M:
     return from_sums(type(m), pivot, s1, s2, count)
 
 
+@jax.jit
 def merge_parts(m: M) -> M:
     """`merge` along the first axis, which may be sharded: `pmerge` with sums for collectives."""
 
