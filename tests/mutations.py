@@ -35,7 +35,7 @@ MUTATIONS = [
     ("max(32, 8 * size)", "10**9", "whiten"),
     # Pivots
     ("FAR = 2.0", "FAR = 1e30", "moments normalize"),
-    ("c = jnp.where(jnp.isfinite(c), c, 0)", "c = c + 0", "moments normalize"),
+    ("c = jnp.where(jnp.isfinite(c), c, 0)", "c = c + 0", "sums"),
     # Merging
     ("(1 - share) * a.shift(delta, change)", "0 * change", "moments"),
     (" + (small.remainder - large.remainder)", "", "moments"),
