@@ -82,5 +82,6 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line("\n" + HEAD + "\n".join(found))
     text = PAGE.read_text()
     written = TABLE.search(text)[0].removeprefix(HEAD).splitlines()
-    rows = {row.split("|")[1]: row for row in [*written, *found]}
-    PAGE.write_text(TABLE.sub(lambda _: HEAD + "".join(f"{row}\n" for row in rows.values()), text))
+    rows = {row.split("|")[1]: f"{row}\n" for row in [*written, *found]}
+    rows = "".join(sorted(rows.values(), key=str.lower))
+    PAGE.write_text(TABLE.sub(lambda _: HEAD + rows, text))

@@ -83,7 +83,7 @@ def test_an_equinox_model(monkeypatch, from_guide, row):
     largest = difference((our_losses, our_parameters, infer(*ours)), theirs)
     assert largest < 1e-5
     row(
-        "a convolutional network in Equinox, 20 steps of training, then inference",
+        "Equinox, a convolutional network: 20 steps of training, then inference",
         "equinox",
         largest,
         "`eqx.nn.BatchNorm`, by 25 lines over the functions; in inference its variance was "
