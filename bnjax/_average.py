@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.dtypes import canonicalize_dtype
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax._arguments import check_ddof, check_features, check_momentum, is_static, promote
@@ -100,8 +101,16 @@ def remember(
 
 
 def as_steps(given: ArrayLike) -> Array:
-    """A number of updates as an array of its dtype: files and other libraries give numbers, too."""
-    return jnp.asarray(given, jnp.int32 if isinstance(given, int) else None)
+    """A number of updates as an array of its dtype: files and other libraries give numbers, too.
+
+    An integer beyond what the dtype holds is the largest that it does.
+    """
+    if isinstance(given, Array):
+        return given
+    dtype = canonicalize_dtype(np.int32 if isinstance(given, int) else np.asarray(given).dtype)
+    if np.issubdtype(dtype, np.integer):
+        given = np.minimum(given, np.iinfo(dtype).max)
+    return jnp.asarray(given, dtype)
 
 
 def _share(

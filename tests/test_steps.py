@@ -130,6 +130,18 @@ def test_numbers_of_any_kind_count_in_trees(steps):
     np.testing.assert_allclose(updated["mean"], plain["mean"], rtol=1e-6)
 
 
+@both
+@every_count
+@pytest.mark.parametrize("steps", [2**31, np.int64(2**40), np.array(2**40)], ids=str)
+def test_numbers_beyond_32_bits_stay_at_the_largest(make, fields, steps):
+    """In an int32 they would wrap to a small or negative one, at which averages start anew."""
+    layer, largest = (make(TRAINED | {"steps": n}, **fields) for n in (steps, 2**31 - 1))
+    assert_same_bits(layer.train(X), largest.train(X))
+    assert layer.stats["steps"] == 2**31 - 1
+    for name in ("mean", "var"):
+        assert_same_bits(layer.stats[name], largest.stats[name])
+
+
 def test_statistics_of_a_file_are_not_written_into():
     stats = {name: np.array(p) for name, p in TRAINED.items()} | {"steps": np.array(3)}
     kept = {name: p.copy() for name, p in stats.items()}
