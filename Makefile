@@ -38,6 +38,7 @@ compiled: .venv/demo.done  ## what the compilers for a CPU, a TPU and an H100 ma
 
 programs: .venv/programs/programs$(if $(filter --all,$(ARGS)),-all).done  ## others' programs with our layers in place of theirs
 	.venv/programs/bin/pytest -W default tests/real $(ARGS)
+	.venv/programs/bin/pytest -k pytorch tests/test_ema.py tests/test_torch.py  # which need PyTorch
 
 test-lowest:  ## the wheel, outside the checkout, on the oldest JAX and Flax: what depends on them
 	.ci/test_wheel $(PYTHON) $(LOWEST)
