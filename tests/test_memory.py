@@ -95,7 +95,9 @@ def block_and_inputs(step, policy, dtype=jnp.float32):
 def test_a_block_keeps_its_input_and_the_outputs_of_convolutions(step, dtype):
     f, inputs = block_and_inputs(step, bnjax.convs_and_dots_saveable, dtype)
     x, kernels, _, _ = inputs
-    full_size = 3 * x.nbytes  # the input and two convolutions' outputs
+    # The input and, for measuring and for applying, the first convolution's output: between two
+    # programs that is two arrays, and one in a single program (tests/bench/NOTES.md).
+    full_size = 3 * x.nbytes
     parameters = sum(a.nbytes for a in kernels)
     assert kept(jax.jit(f), *inputs) <= full_size + parameters + VECTORS
 

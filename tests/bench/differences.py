@@ -72,7 +72,8 @@ def main():
         rows.append((f"largest error of the output, float32, mean/std {ratio}", *errors))
     for dtype in (jnp.float32, jnp.bfloat16):
         kept = [residual_bytes(layer(dtype=dtype), dtype) for layer in LAYERS]
-        rows.append((f"kept for the backward pass, {dtype.__name__}, input's bytes", *kept))
+        what = f"kept for a backward pass compiled apart, {dtype.__name__}, input's bytes"
+        rows.append((what, *kept))
     (theirs, valid), (ours, _) = (uneven_replicas(layer) for layer in LAYERS)
     truth = f"{valid.mean():.2f}, {valid.var():.2f}"
     rows.append(
