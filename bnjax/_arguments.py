@@ -17,8 +17,24 @@ Shape = tuple[int, ...]
 
 def promote(*dtypes: DTypeLike) -> np.dtype:
     """The common dtype, at least float32, also where JAX's promotion is set to strict."""
+    wide = (dtype for dtype in dtypes if not _is_narrow(dtype))
     with jax.numpy_dtype_promotion("standard"):
-        return functools.reduce(jnp.promote_types, dtypes, np.dtype(np.float32))
+        return functools.reduce(jnp.promote_types, wide, np.dtype(np.float32))
+
+
+def _is_narrow(dtype: DTypeLike) -> bool:
+    """Whether JAX promotes it to nothing: numbers of fewer than 8 bits, floats of 8."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).bits < 8
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
+
+
+def output_dtype(x: Array, *others: ArrayLike | None) -> np.dtype:
+    """That of x, float32 for integers, but complex where something else is."""
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else promote(x.dtype)
+    if any(p is not None and jnp.iscomplexobj(p) for p in others):
+        return promote(dtype, np.complex64)
+    return jnp.dtype(dtype)
 
 
 def is_static(x: Any) -> bool:
@@ -34,9 +50,11 @@ def as_array(x: ArrayLike) -> Array:
 def split_axes(feature_axis: Axes, shape: Shape, name: str = "x") -> tuple[Shape, Shape]:
     """The feature axes and the reduced axes, both ascending."""
     ndim = len(shape)
+    said = f"feature_axis (a layer's axis) is {feature_axis!r}, but "
     given = tuple(feature_axis) if isinstance(feature_axis, Iterable) else (feature_axis,)
-    axes = sorted(operator.index(a) + ndim * (operator.index(a) < 0) for a in given)
-    said = f"feature_axis (a layer's axis) is {feature_axis}, but "
+    if not all(map(is_whole, given)):
+        raise TypeError(f"{said}axes are whole numbers. Choose one, such as -1, or several.")
+    axes = sorted(a + ndim * (a < 0) for a in map(operator.index, given))
     if any(not 0 <= a < ndim for a in axes):
         cure = f"Choose from {-ndim} to {ndim - 1}." if ndim else f"Give {name} a feature axis."
         raise ValueError(f"{said}{name} has shape {shape}. {cure}")
@@ -54,18 +72,19 @@ def check_features(name: str, shape: Shape, features: Shape) -> None:
         )
 
 
+def is_whole(given: Any) -> bool:
+    """Whether it is an integer, also one of NumPy."""
+    return isinstance(given, int | np.integer)
+
+
 def check_number(name: str, given: ArrayLike, cure: str) -> None:
     """Refuses what is not one real number: an array, a word, a complex number."""
-    shape, dtype = (
-        np.shape(given),
-        given.dtype if hasattr(given, "dtype") else np.asarray(given).dtype,
-    )
-    if shape:
-        said = f"has shape {shape}"
-    elif any(jnp.issubdtype(dtype, kind) for kind in (np.floating, np.integer, np.bool_)):
+    shape = np.shape(given)
+    dtype = given.dtype if hasattr(given, "dtype") else np.asarray(given).dtype
+    kinds = np.floating, np.integer, np.bool_
+    if not shape and any(jnp.issubdtype(dtype, kind) for kind in kinds):
         return
-    else:
-        said = f"is {given!r}"
+    said = f"has shape {shape}" if shape else f"is {given!r}"
     raise ValueError(f"{name} {said}, but it is one number for all features. {cure}")
 
 
@@ -89,13 +108,14 @@ def check_momentum(momentum: ArrayLike, name: str = "momentum") -> None:
         )
 
 
-def check_ddof(ddof: int) -> None:
-    """Refuses degrees of freedom that are no whole number from 0 on."""
-    if not isinstance(ddof, int) or ddof < 0:
+def read_ddof(ddof: int) -> int:
+    """The degrees of freedom; refuses what is no whole number from 0 on."""
+    if not is_whole(ddof) or ddof < 0:
         raise ValueError(
             f"ddof is {ddof!r}, but the variance is divided by count - ddof. "
             "Choose 0, or 1 for the unbiased variance."
         )
+    return int(ddof)
 
 
 def read_affine(name: str, given: ArrayLike | None, shape: Shape, features: Shape) -> Array | None:
@@ -140,9 +160,11 @@ def read_mask(where: ArrayLike | None, shape: Shape, features: Shape) -> Array |
         )
     if not jnp.issubdtype(w.dtype, jnp.floating):
         w = w.astype(bool)
-    elif is_static(where) and np.any(np.asarray(where) < 0):
+    elif is_static(where) and not np.all(np.asarray(where) >= 0):
+        least = np.min(np.asarray(where))
+        held = f"the negative weight {least}" if least < 0 else f"the weight {least}"
         raise ValueError(
-            f"where (a layer's mask) holds the negative weight {np.min(np.asarray(where))}. "
+            f"where (a layer's mask) holds {held}. "
             "Sample weights must not be negative: clip them at 0."
         )
     return lax.expand_dims(w, tuple(range(missing)))

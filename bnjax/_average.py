@@ -10,9 +10,9 @@ from jax import Array
 from jax.dtypes import canonicalize_dtype
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax._arguments import check_ddof, check_features, check_momentum, is_static, promote
+from bnjax._arguments import check_features, check_momentum, is_static, promote, read_ddof
 from bnjax._rounding import moved, real_dtype
-from bnjax._statistic import M, Statistic, cast
+from bnjax._statistic import M, Statistic, cast, check_statistic
 
 Momentum = ArrayLike | Callable[[ArrayLike], ArrayLike] | None
 Stats = dict[str, Array]  # of one layer: mean, var or cov, and steps where updates are counted
@@ -63,7 +63,14 @@ def ema(
       >>> print(running.mean, running.var, running.count)
       [1.] [1.75] 2.0
     """
-    check_ddof(ddof)
+    ddof = read_ddof(ddof)
+    for name, m in (("running", running), ("batch", batch)):
+        check_statistic(name, m)
+    if type(running) is not type(batch):
+        raise TypeError(
+            f"running is a {type(running).__name__}, but batch is a {type(batch).__name__}. "
+            "Measure both with the same function."
+        )
     fields = running.mean, running.second, running.count, running.remainder
     kept = running.make(*map(jnp.asarray, fields))
     features, second = np.shape(batch.mean), np.shape(batch.second)
@@ -171,7 +178,7 @@ def _step(kept: M, batch: M, share: ArrayLike, *, ddof: int) -> M:
     change = jnp.where(above, target - old.second, 0)
     (base,), step = _shorter_way([(old.second, target)], change, jnp.where(above, share, 0))
     second = base + step
-    count = old.count + (new.count if old.count.ndim else jnp.max(new.count))
+    count = old.count + (new.count if old.count.ndim else jnp.max(new.count, initial=0))
     if kept.remainder.shape != kept.mean.shape:
         mean, remainder = mean + remainder, kept.remainder
     return kept.make(

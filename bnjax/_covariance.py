@@ -17,12 +17,13 @@ from bnjax._arguments import (
     Shape,
     as_array,
     check_features,
+    is_whole,
     promote,
     read_mask,
     split_axes,
 )
 from bnjax._rounding import near, real_dtype
-from bnjax._statistic import AxisName, Groups, explained, from_sums
+from bnjax._statistic import AxisName, Groups, explained, from_sums, static_groups, static_name
 from bnjax._sums import Program
 from bnjax._xla import blocked_product, saved
 
@@ -180,7 +181,7 @@ def cov_moments(
         pivot = jnp.asarray(pivot, promote(x.dtype))
         check_features("pivot", pivot.shape, sizes)
     size = check_group_size(group_size, math.prod(sizes))
-    groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
+    axis_name, groups = static_name(axis_name), static_groups(axis_index_groups)
     program = Program(reduced, axis_name=axis_name, groups=groups)
     with explained(axis_name, axis_index_groups):
         return _cov_moments_of(program, x, weights, pivot, features, size)
@@ -189,12 +190,12 @@ def cov_moments(
 def check_group_size(group_size: int | None, features: int) -> int:
     """The size of a group, which divides the number of features."""
     size = features if group_size is None else group_size
-    if not isinstance(size, int) or size < 1 or features % size:
+    if not is_whole(size) or size < 1 or features % size:
         raise ValueError(
             f"group_size is {group_size!r}, but there are {features} features. "
             f"Choose a divisor of {features}."
         )
-    return size
+    return int(size)
 
 
 def grouped(d: Array, features: Shape, reduced: Shape, size: int) -> Array:

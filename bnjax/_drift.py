@@ -7,9 +7,10 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from bnjax._arguments import check_epsilon
+from bnjax._arguments import check_epsilon, promote
 from bnjax._average import Stats
-from bnjax._statistic import Statistic
+from bnjax._rounding import real_dtype
+from bnjax._statistic import Statistic, cast, check_alike
 from bnjax._trees import (
     Tree,
     name_of,
@@ -73,9 +74,13 @@ def drift(batch_stats: Tree, moments: Tree, *, epsilon: ArrayLike = 1e-5) -> dic
     check_epsilon(epsilon)
 
     def compare(stats: Stats, m: Statistic) -> Drift:
-        var = m.make(stats["mean"], stats[m.second_name()]).var + epsilon
-        ratio = (m.var + epsilon) / var
-        z = (m.mean - stats["mean"] + m.remainder) / jnp.sqrt(var)
+        running = m.make(stats["mean"], stats[m.second_name()])
+        check_alike(("batch_stats", "moments"), running, m)
+        dtype = promote(jnp.result_type(running.mean), jnp.result_type(m.mean))
+        running, m = cast(running, dtype), cast(m, dtype)
+        var = running.var + jnp.asarray(epsilon, real_dtype(dtype))
+        ratio = (m.var + jnp.asarray(epsilon, real_dtype(dtype))) / var
+        z = (m.mean - running.mean + m.remainder) / jnp.sqrt(var)
         divergence = 0.5 * (ratio - 1 - jnp.log(ratio) + jnp.abs(z) ** 2)
         resolution = jnp.finfo(m.var.dtype).eps * jnp.abs(m.mean)
         dead = jnp.sqrt(m.var) <= resolution

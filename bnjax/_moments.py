@@ -21,7 +21,7 @@ from bnjax._arguments import (
     split_axes,
 )
 from bnjax._rounding import abs2, real_dtype
-from bnjax._statistic import AxisName, Groups, explained, from_sums
+from bnjax._statistic import AxisName, Groups, explained, from_sums, static_groups, static_name
 from bnjax._sums import Guess, Pivot, Program, sums
 from bnjax._xla import once, saved
 
@@ -197,9 +197,10 @@ def moments_near(
         pivot = guess.pivot
         # A larger epsilon would let the variance's own digits go.
         slack = jnp.minimum(jnp.asarray(guess.slack), 1e-5)
-        c = jnp.asarray(guess.mean, promote(x.dtype))
+        c = guess.mean if jnp.iscomplexobj(x) else jnp.real(guess.mean)
+        c = jnp.asarray(c, promote(x.dtype))
         check_features(guess.name, c.shape, tuple(x.shape[i] for i in features))
-    groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
+    axis_name, groups = static_name(axis_name), static_groups(axis_index_groups)
     with explained(axis_name, axis_index_groups):
         return _moments_of(
             Program(reduced, pivot, axis_name, groups), x, c, slack, weights, features

@@ -16,6 +16,7 @@ from bnjax._arguments import (
     check_epsilon,
     check_features,
     expand,
+    output_dtype,
     promote,
     read_affine,
     read_mask,
@@ -23,7 +24,7 @@ from bnjax._arguments import (
 )
 from bnjax._moments import Moments, moments
 from bnjax._rounding import near, real_dtype
-from bnjax._statistic import AxisName, Groups
+from bnjax._statistic import AxisName, Groups, check_statistic
 from bnjax._xla import once, recomputed
 
 
@@ -59,10 +60,12 @@ def affine(
       >>> print(mul, add)
       [5.] [-15.]
     """
+    check_statistic("m", m)
     given = [p for p in (m.mean, scale, bias) if p is not None]
     dtype = promote(*(jnp.result_type(p) for p in given))
     check_epsilon(epsilon, dtype)
-    mul = lax.rsqrt(jnp.asarray(m.var, real_dtype(dtype)) + epsilon).astype(dtype)
+    real = real_dtype(dtype)
+    mul = lax.rsqrt(jnp.asarray(m.var, real) + jnp.asarray(epsilon, real)).astype(dtype)
     if scale is not None:
         mul = mul * jnp.asarray(scale, dtype)
     add = -(jnp.asarray(m.mean, dtype) + jnp.asarray(m.remainder, dtype)) * mul
@@ -101,7 +104,8 @@ def normalize(
       where: the mask or weights that `moments` had. Masked-out values are normalized as all
         others, but if NaN or infinite they yield the bias and reach no gradient.
       epsilon: added to the variance; positive.
-      dtype: the dtype of y; by default that of `x` (float32 for integers). The cast comes last.
+      dtype: the dtype of y; by default that of `x` (float32 for integers; complex where m, scale
+        or bias is). The cast comes last.
 
     Raises:
       ValueError: for an epsilon that is not positive, or a shape that does not fit.
@@ -113,6 +117,7 @@ def normalize(
       [[0.]
        [2.]]
     """
+    check_statistic("m", m)
     x = as_array(x)
     features, reduced = split_axes(feature_axis, x.shape)
     sizes = tuple(x.shape[i] for i in features)
@@ -120,7 +125,7 @@ def normalize(
     check_features("var", np.shape(m.var), sizes)
     check_epsilon(epsilon, promote(x.dtype, jnp.result_type(m.mean)))
     if dtype is None:
-        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else promote(x.dtype)
+        dtype = output_dtype(x, m.mean, scale, bias)
     scale = read_affine("scale", scale, x.shape, features)
     bias = read_affine("bias", bias, x.shape, features)
     weights = read_mask(where, x.shape, features)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bnjax._arguments import check_ddof
+from bnjax._arguments import read_ddof
 from bnjax._average import Stats, ema
 from bnjax._statistic import Statistic, merge
 from bnjax._trees import (
@@ -50,7 +50,7 @@ def recalibrate(
       that says which.
 
     Raises:
-      ValueError: where there is no batch, or none with finite moments.
+      ValueError: where there is no batch, none with finite moments, or no moments at all.
 
     Example:
       >>> import bnjax, jax, jax.numpy as jnp
@@ -60,11 +60,16 @@ def recalibrate(
       >>> print(stats["mean"], stats["var"])
       [4.5] [8.25]
     """
-    check_ddof(ddof)
+    ddof = read_ddof(ddof)
     total, finite = None, []
     for batch in _with_bar(batches) if progress else batches:
         total, is_finite = _add(total, measure(batch))
         finite.append(is_finite)  # looked at in the end: until then nothing waits for the device
+    if finite and not moments_by_path(total):
+        raise ValueError(
+            "measure gave no moments. Call the network in training mode, linen's with "
+            'mutable=["moments", "batch_stats"], NNX\'s with emit=True, and return what it emits.'
+        )
     bad = [i for i, is_finite in enumerate(finite) if not is_finite]
     if len(bad) == len(finite):
         raise ValueError(

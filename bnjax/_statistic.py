@@ -6,6 +6,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -76,6 +77,43 @@ class Statistic(Protocol):
 M = TypeVar("M", bound=Statistic)
 
 
+def check_statistic(name: str, m: Any) -> None:
+    """Refuses what is no statistic."""
+    if not (isinstance(m, tuple) and hasattr(m, "second_name")):
+        raise TypeError(
+            f"{name} is of type {type(m).__name__}, but bnjax.Moments or another statistic is "
+            "needed. Measure it with bnjax.moments, or write bnjax.Moments(mean, var)."
+        )
+
+
+def check_alike(names: tuple[str, str], a: Statistic, b: Statistic) -> None:
+    """Refuses statistics of two kinds, or of other features."""
+    for name, m in zip(names, (a, b), strict=True):
+        check_statistic(name, m)
+    if type(a) is not type(b):
+        raise TypeError(
+            f"{names[0]} is a {type(a).__name__}, but {names[1]} is a {type(b).__name__}. "
+            "Measure both with the same function."
+        )
+    for field in ("mean", a.second_name()):
+        sizes = np.shape(getattr(a, field)), np.shape(getattr(b, field))
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{names[0]}.{field} has shape {sizes[0]}, but {names[1]}.{field} has shape "
+                f"{sizes[1]}. Take both from the same features."
+            )
+
+
+def static_groups(groups: Groups) -> Groups:
+    """The groups as a part of a program's key."""
+    return None if groups is None else tuple(tuple(map(int, group)) for group in groups)
+
+
+def static_name(axis_name: AxisName | None) -> AxisName | None:
+    """The name, or the names as a part of a program's key."""
+    return tuple(axis_name) if isinstance(axis_name, list) else axis_name
+
+
 def merge(a: M, b: M) -> M:
     """The moments of two batches together (Chan, Golub and LeVeque, 1983).
 
@@ -89,6 +127,10 @@ def merge(a: M, b: M) -> M:
     a bad batch out. Microbatches, shards and the batches of a data set all merge like this; a
     scan over them starts from `Moments.initial`.
 
+    Raises:
+      TypeError: for what is no statistic, and for two of different kinds.
+      ValueError: for statistics of other features.
+
     Example:
       >>> import bnjax, jax.numpy as jnp
       >>> a = bnjax.moments(jnp.array([[1.0]]))
@@ -97,6 +139,7 @@ def merge(a: M, b: M) -> M:
       >>> print(m.mean, m.var, m.count)
       [4.] [3.5] 4.0
     """
+    check_alike(("a", "b"), a, b)
     return _merged(a, b)
 
 
@@ -142,6 +185,8 @@ def pmerge(m: M, axis_name: AxisName, *, axis_index_groups: Groups = None) -> M:
       >>> print(m.mean[0], m.mean[1], m.var[0], m.count[0])
       [5.] [5.] [14.] 4.0
     """
+    check_statistic("m", m)
+    axis_name = static_name(axis_name)
     m = cast(m, promote(jnp.result_type(m.mean)))
     n, seen = m.count.astype(m.mean.dtype), m.count > 0
     s = jnp.where(seen, n * m.mean, 0)

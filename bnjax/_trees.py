@@ -66,6 +66,9 @@ def merge_stacked(tree: Tree) -> Tree:
         parts weigh alike), with one more axis in front, as `lax.scan`, `jax.vmap` and
         `jax.pmap` stack.
 
+    Raises:
+      ValueError: for moments of one batch, and for layers without mean and var (or cov).
+
     Example:
       >>> import bnjax, jax, jax.numpy as jnp
       >>> x = jnp.arange(12.0).reshape(3, 4, 1)
@@ -84,14 +87,20 @@ def merge_stacked(tree: Tree) -> Tree:
 
 
 def _merge_parts(m: Statistic) -> Statistic:
+    if np.ndim(m.count) == 0:
+        raise ValueError(
+            f"The count is one number, so this {type(m).__name__} is of one batch and nothing is "
+            "stacked. Stack many as lax.scan and jax.vmap do; a list of them merges by "
+            "functools.reduce(bnjax.merge, moments)."
+        )
     parts = m.mean.shape[0]
     m = jax.tree.map(lambda p: jnp.broadcast_to(p, (parts, *np.shape(p)[1:])), m)
     return per_layer(merge_parts, stacked_layers(m) - 1, axis=1)(m)
 
 
 def _merge_stats(stats: Stats) -> Stats:
-    mean, steps = stats["mean"], stats.get("steps")
     kind = statistic_of(stats)
+    mean, steps = stats["mean"], stats.get("steps")
     second = stats[kind.second_name()]
     m = _merge_parts(kind.make(mean, second, jnp.ones(mean.shape[0])))
     merged = {"mean": m.mean.astype(mean.dtype), kind.second_name(): m.second.astype(second.dtype)}
@@ -116,6 +125,11 @@ def zip_layers(
                 f"of {', '.join(map(name_of, layers)) or 'none'}. Take both from one network."
             )
         stats = layers[path]
+        if not {"mean", m.second_name()} <= set(stats):
+            raise ValueError(
+                f"moments has a {type(m).__name__} for the layer {name_of(path)}, but batch_stats "
+                f"has {', '.join(stats)} of it. Take both from one network."
+            )
         stacked = np.ndim(stats["steps"]) if "steps" in stats else stacked_layers(m)
         results[path] = per_layer(f, stacked)(stats, m)
     return results
@@ -157,6 +171,13 @@ def moments_by_path(moments: Tree) -> dict[Path, Statistic]:
     """The moments of each layer, by the path of the layer."""
     leaves, _ = tree_flatten_with_path(moments, is_leaf=is_statistic)
     paths = [path_of(keys) for keys, _ in leaves]
+    for path, (_, leaf) in zip(paths, leaves, strict=True):
+        if not is_statistic(leaf):
+            raise ValueError(
+                f"moments holds an array at {name_of(path)}, but what layers emit are Moments. "
+                "Give linen's collection alone, updates['moments'], or what "
+                "nnx.pop(model, bnjax.nnx.BatchMoments) returns."
+            )
     layers = (path[:-1] if path[-1:] == ("moments",) else path for path in paths)
     return dict(zip(layers, (m for _, m in leaves), strict=True))
 
@@ -178,4 +199,10 @@ def is_statistic(node: Any) -> bool:
 
 def statistic_of(stats: Stats) -> type[Statistic]:
     """What kind of statistic a layer remembers."""
-    return next(kind for name, kind in STATISTICS.items() if name in stats)
+    for name, kind in STATISTICS.items():
+        if {"mean", name} <= set(stats):
+            return kind
+    raise ValueError(
+        f"A layer has {', '.join(stats) or 'nothing'}, but running statistics are mean and one of "
+        f"{', '.join(STATISTICS)}. Give batch_stats alone."
+    )

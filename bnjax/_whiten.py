@@ -18,6 +18,8 @@ from bnjax._arguments import (
     check_epsilon,
     check_features,
     expand,
+    is_whole,
+    output_dtype,
     promote,
     read_affine,
     read_mask,
@@ -88,6 +90,11 @@ def whiten(
     """
     x = as_array(x)
     features, reduced = split_axes(feature_axis, x.shape)
+    if not isinstance(m, CovMoments):
+        raise TypeError(
+            f"m is of type {type(m).__name__}, but whitening needs covariances. "
+            "Measure them with bnjax.cov_moments."
+        )
     check_features("mean", np.shape(m.mean), tuple(x.shape[i] for i in features))
     groups, number = np.shape(m.cov), math.prod(np.shape(m.mean))
     if len(groups) != 3 or groups[1] != groups[2] or groups[0] * groups[1] != number:
@@ -98,14 +105,14 @@ def whiten(
     check_epsilon(epsilon, promote(x.dtype, jnp.result_type(m.cov)))
     if method not in ("cholesky", "newton_schulz"):
         raise ValueError(f"method is {method!r}. Choose 'cholesky' or 'newton_schulz'.")
-    if not isinstance(iterations, int) or iterations < 1:
+    if not is_whole(iterations) or iterations < 1:
         raise ValueError(f"iterations is {iterations!r}. Choose a whole number, at least 1.")
     if dtype is None:
-        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else promote(x.dtype)
+        dtype = output_dtype(x, m.mean, scale, bias)
     scale = read_affine("scale", scale, x.shape, features)
     bias = read_affine("bias", bias, x.shape, features)
     weights = read_mask(where, x.shape, features)
-    steps = iterations if method == "newton_schulz" else 0
+    steps = int(iterations) if method == "newton_schulz" else 0
     factor = _factor(jnp.asarray(m.cov), epsilon, steps)
     m = m._replace(cov=factor)
     return _whitened(x, m, scale, bias, weights, features, reduced, jnp.dtype(dtype))

@@ -412,6 +412,25 @@ def test_a_free_batch_that_need_not_divide(step):
     )
 
 
+@every_layer
+@pytest.mark.parametrize("size", [2.0, "2"])
+def test_a_size_that_is_no_number_of_examples(step, size):
+    assert_refused(
+        lambda: step(batch()[0], ghost_batch_size=size),
+        f"ghost_batch_size is {size}, but it is a number of examples. "
+        "Choose a positive one that divides the batch, or None for the whole batch.",
+    )
+
+
+@every_layer
+def test_an_empty_batch(step):
+    x = batch()[0][:0]
+    assert_refused(
+        lambda: step(x, ghost_batch_size=2),
+        f"x has shape {x.shape}, so there is no value to measure. Leave empty batches out.",
+    )
+
+
 def test_a_refused_batch_leaves_the_state_as_it_was():
     x, *_ = batch()
     layer = bnjax.nnx.BatchNorm(5, ghost_batch_size=5, rngs=nnx.Rngs(0))

@@ -61,9 +61,14 @@ def test_a_scalar_has_no_feature_axis():
     assert_refused(lambda: bnjax.moments(1.0), message)
 
 
-def test_a_feature_axis_that_is_no_integer():
-    with pytest.raises(TypeError):
-        bnjax.moments(X, feature_axis=1.0)
+@every_function
+@pytest.mark.parametrize("feature_axis", [1.0, None, "C", (0, 1.0)])
+def test_a_feature_axis_that_is_no_integer(function, feature_axis):
+    message = (
+        f"feature_axis (a layer's axis) is {feature_axis!r}, but axes are whole numbers. "
+        "Choose one, such as -1, or several."
+    )
+    assert_refused(both(X, feature_axis=feature_axis)[function], message, TypeError)
 
 
 @pytest.mark.parametrize("epsilon", [0, 0.0, -1e-5, np.float32(-1), float("nan")])
@@ -331,6 +336,16 @@ def test_negative_weights(function):
 
 
 @every_function
+def test_weights_that_are_no_numbers(function):
+    message = (
+        "where (a layer's mask) holds the weight nan. "
+        "Sample weights must not be negative: clip them at 0."
+    )
+    where = np.array([1.0, np.nan], np.float32).reshape(2, 1, 1)
+    assert_refused(both(X, where=where)[function], message)
+
+
+@every_function
 def test_complex_masks(function):
     message = (
         "where (a layer's mask) has dtype complex64. "
@@ -436,3 +451,120 @@ def test_every_axis_may_be_a_feature_axis():
     m = bnjax.moments(X, feature_axis=(0, 1, 2))
     np.testing.assert_array_equal(m.mean + m.remainder, X)
     np.testing.assert_allclose(m.var, np.zeros_like(X), atol=1e-9)
+
+
+# What is no statistic, or not of the kind that is needed
+
+COV = bnjax.CovMoments(np.zeros(3, np.float32), np.eye(3, dtype=np.float32)[None], 8.0)
+TWO = Moments(np.zeros(2, np.float32), np.ones(2, np.float32), 8.0)
+TAKERS = {
+    "merge a": ("a", lambda m: bnjax.merge(m, M)),
+    "merge b": ("b", lambda m: bnjax.merge(M, m)),
+    "pmerge": ("m", lambda m: bnjax.pmerge(m, "replicas")),
+    "ema running": ("running", lambda m: bnjax.ema(m, M, momentum=0.9)),
+    "ema batch": ("batch", lambda m: bnjax.ema(M, m, momentum=0.9)),
+    "normalize": ("m", lambda m: bnjax.normalize(X, m)),
+    "affine": ("m", lambda m: bnjax.affine(m)),
+}
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+@pytest.mark.parametrize("given", [{"mean": X, "var": X}, X, (X, M), None], ids=type)
+def test_what_is_no_statistic(taker, given):
+    name, call = TAKERS[taker]
+    assert_refused(
+        lambda: call(given),
+        f"{name} is of type {type(given).__name__}, but bnjax.Moments or another statistic is "
+        "needed. Measure it with bnjax.moments, or write bnjax.Moments(mean, var).",
+        TypeError,
+    )
+
+
+def test_two_kinds_of_statistics():
+    cure = "Measure both with the same function."
+    said = f"a is a Moments, but b is a CovMoments. {cure}"
+    assert_refused(lambda: bnjax.merge(M, COV), said, TypeError)
+    said = f"running is a CovMoments, but batch is a Moments. {cure}"
+    assert_refused(lambda: bnjax.ema(COV, M, momentum=0.9), said, TypeError)
+    said = (
+        "m is of type Moments, but whitening needs covariances. "
+        "Measure them with bnjax.cov_moments."
+    )
+    assert_refused(lambda: bnjax.whiten(X, M), said, TypeError)
+
+
+def test_merging_moments_of_other_features():
+    said = "{}.mean has shape (3,), but {}.mean has shape (2,). Take both from the same features."
+    assert_refused(lambda: bnjax.merge(M, TWO), said.format("a", "b"))
+    stats = {"norm": {"mean": M.mean, "var": M.var}}
+    assert_refused(lambda: bnjax.drift(stats, {"norm": TWO}), said.format("batch_stats", "moments"))
+    a, b = (bnjax.cov_moments(np.ones((8, 4), np.float32), group_size=size) for size in (2, 4))
+    said = (
+        "a.cov has shape (2, 2, 2), but b.cov has shape (1, 4, 4). "
+        "Take both from the same features."
+    )
+    assert_refused(lambda: bnjax.merge(a, b), said)
+
+
+# Numbers and names as other libraries give them
+
+
+def test_whole_numbers_of_numpy():
+    x = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    m = bnjax.cov_moments(x, group_size=np.int64(2), feature_axis=np.int64(1))
+    chex.assert_trees_all_equal(m, bnjax.cov_moments(x, group_size=2))
+    y = bnjax.whiten(x, m, method="newton_schulz", iterations=np.int32(3))
+    chex.assert_trees_all_equal(y, bnjax.whiten(x, m, method="newton_schulz", iterations=3))
+    bnjax.ema(M, M._replace(count=8.0), momentum=0.9, ddof=np.int64(1))
+
+
+def test_names_and_groups_in_lists_and_arrays():
+    x = np.arange(8, dtype=np.float32).reshape(4, 2, 1)
+
+    def measured(axis_name, measure):
+        return jax.vmap(lambda x: measure(x, axis_name), axis_name="i")(x)
+
+    for measure in (
+        lambda x, name: bnjax.moments(x, axis_name=name),
+        lambda x, name: bnjax.cov_moments(x, axis_name=name),
+        lambda x, name: bnjax.pmerge(bnjax.moments(x), name),
+    ):
+        chex.assert_trees_all_equal(measured(["i"], measure), measured("i", measure))
+    groups = np.arange(4).reshape(2, 2)
+    f = [
+        jax.pmap(lambda x, g=g: bnjax.moments(x, axis_name="i", axis_index_groups=g), axis_name="i")
+        for g in (groups, groups.tolist())
+    ]
+    chex.assert_trees_all_equal(f[0](x), f[1](x))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int4", "uint4"])
+def test_numbers_that_jax_does_not_promote(dtype):
+    x = jnp.asarray(np.arange(6).reshape(3, 2)).astype(dtype)
+    wide = x.astype(jnp.float32)
+    chex.assert_trees_all_equal(bnjax.moments(x), bnjax.moments(wide))
+    y, expected = bnjax.batch_norm(x)[0], bnjax.batch_norm(wide)[0]
+    assert y.dtype == (x.dtype if dtype.startswith("float") else jnp.float32)
+    chex.assert_trees_all_equal(y, expected.astype(y.dtype))
+
+
+def test_an_epsilon_in_bfloat16():
+    y, _ = bnjax.batch_norm(X, epsilon=jnp.bfloat16(0.5))
+    np.testing.assert_allclose(y, bnjax.batch_norm(X, epsilon=0.5)[0], rtol=1e-6)
+
+
+def test_real_input_and_complex_moments():
+    """Nothing of what is complex is dropped."""
+    x = X + 1j * X[::-1]
+    m = bnjax.moments(x)
+    np.testing.assert_allclose(
+        bnjax.normalize(X, m), bnjax.normalize(X.astype(np.complex64), m), rtol=1e-6
+    )
+    y = bnjax.normalize(X, M, scale=1j * np.ones(3, np.float32))
+    np.testing.assert_allclose(y, 1j * np.asarray(bnjax.normalize(X, M)), rtol=1e-6)
+
+
+def test_no_features():
+    x, empty = np.zeros((4, 0), np.float32), Moments(np.zeros(0), np.ones(0))
+    m = bnjax.moments(x, where=np.ones((4, 0), bool))
+    assert bnjax.ema(empty, m, momentum=0.9).mean.shape == (0,)

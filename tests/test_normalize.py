@@ -469,3 +469,16 @@ def test_affine_counts_the_remainder_in():
     np.testing.assert_allclose((mul[0], add[0]), (0.5, -1.75), rtol=1e-6)
     y = bnjax.normalize(jnp.array([[3.5], [7.5]]), m, epsilon=1e-12)
     np.testing.assert_allclose(y[:, 0], [0.0, 2.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("var", [-5e-4, -1e-30, 0.0, 3e38])
+def test_any_variance_above_minus_epsilon(var, jit):
+    """Averaged or rounded, a variance may be a little negative."""
+    x = small()[0]
+    m = bnjax.Moments(np.zeros(3, np.float32), np.full(3, var, np.float32))
+    y = (jax.jit(bnjax.normalize, static_argnames="epsilon") if jit else bnjax.normalize)(
+        x, m, epsilon=1e-3
+    )
+    expected = np.asarray(x, np.float64) / np.sqrt(var + 1e-3)
+    np.testing.assert_allclose(y, expected, rtol=1e-6)

@@ -177,3 +177,23 @@ def test_a_bar_without_tqdm(monkeypatch):
     assert str(error.value) == (
         "progress is True, and the bar needs tqdm. Install it, or leave progress out."
     )
+
+
+@pytest.mark.parametrize("nothing", [None, {}, {"norm": {}}], ids=str)
+def test_a_measure_that_gives_no_moments(nothing):
+    with pytest.raises(ValueError, match=r"^") as error:
+        bnjax.recalibrate(lambda x: nothing, {"norm": fresh()}, [data()])
+    assert str(error.value) == (
+        "measure gave no moments. Call the network in training mode, linen's with "
+        'mutable=["moments", "batch_stats"], NNX\'s with emit=True, and return what it emits.'
+    )
+
+
+def test_a_measure_that_gives_the_output_too():
+    with pytest.raises(ValueError, match=r"^") as error:
+        bnjax.recalibrate(lambda x: (x, {"norm": bnjax.moments(x)}), {"norm": fresh()}, [data()])
+    assert str(error.value) == (
+        "moments holds an array at [0], but what layers emit are Moments. "
+        "Give linen's collection alone, updates['moments'], or what "
+        "nnx.pop(model, bnjax.nnx.BatchMoments) returns."
+    )

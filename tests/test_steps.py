@@ -211,7 +211,8 @@ def test_a_warning_in_compiled_programs():
     def train(stats):
         return layer.apply({"params": params, "batch_stats": stats}, X, mutable=["batch_stats"])
 
-    with pytest.warns(UserWarning, match=f"^{re.escape(SAID)}$"):
+    unseen = SAID.replace("are trained", "may be trained")
+    with pytest.warns(UserWarning, match=f"^{re.escape(unseen)}$"):
         train(TRAINED)
     train(TRAINED | {"steps": jnp.array(5)})
 

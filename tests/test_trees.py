@@ -211,6 +211,45 @@ def test_moments_of_an_unknown_layer():
     )
 
 
+def test_moments_of_another_kind():
+    m = {"a": {"moments": bnjax.cov_moments(batch())}}
+    assert_refused(
+        lambda: bnjax.update_stats({"a": fresh()}, m, momentum=0.5),
+        "moments has a CovMoments for the layer a, but batch_stats has mean, var of it. "
+        "Take both from one network.",
+    )
+
+
+def test_statistics_for_moments():
+    assert_refused(
+        lambda: bnjax.update_stats({"a": fresh()}, {"a": fresh()}, momentum=0.5),
+        "moments holds an array at a/mean, but what layers emit are Moments. "
+        "Give linen's collection alone, updates['moments'], or what "
+        "nnx.pop(model, bnjax.nnx.BatchMoments) returns.",
+    )
+
+
+@pytest.mark.parametrize("measure", [bnjax.moments, bnjax.cov_moments])
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: [m, m], lambda m: {"norm": m}])
+def test_nothing_stacked(measure, wrap):
+    m = measure(batch())
+    assert_refused(
+        lambda: bnjax.merge_stacked(wrap(m)),
+        f"The count is one number, so this {type(m).__name__} is of one batch and nothing is "
+        "stacked. Stack many as lax.scan and jax.vmap do; a list of them merges by "
+        "functools.reduce(bnjax.merge, moments).",
+    )
+
+
+@pytest.mark.parametrize("leaves", [("kernel", "bias"), ("mean",), ("mean", "power")])
+def test_layers_that_are_no_statistics(leaves):
+    assert_refused(
+        lambda: bnjax.merge_stacked({"layer": dict.fromkeys(leaves, jnp.ones((2, 3)))}),
+        f"A layer has {', '.join(sorted(leaves))}, but running statistics are mean and one of "
+        "var, cov. Give batch_stats alone.",
+    )
+
+
 @pytest.mark.parametrize("name", [None, "norm"])
 @pytest.mark.parametrize("function", ["update_stats", "drift", "recalibrate"])
 def test_running_statistics_that_are_moments(function, name):

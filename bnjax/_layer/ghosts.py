@@ -8,7 +8,7 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from bnjax._arguments import Axes, read_mask, split_axes
+from bnjax._arguments import Axes, is_whole, read_mask, split_axes
 from bnjax._statistic import M
 from bnjax._trees import merge_stacked
 
@@ -39,7 +39,7 @@ def in_ghosts(
 
 
 def _check_size(size: int, x: Array, features: tuple[int, ...]) -> None:
-    if size < 1:
+    if not is_whole(size) or size < 1:
         raise ValueError(
             f"ghost_batch_size is {size}, but it is a number of examples. "
             "Choose a positive one that divides the batch, or None for the whole batch."
@@ -50,6 +50,10 @@ def _check_size(size: int, x: Array, features: tuple[int, ...]) -> None:
             "Move the examples there with jnp.moveaxis."
         )
     rows = x.shape[0]
+    if not x.size:
+        raise ValueError(
+            f"x has shape {x.shape}, so there is no value to measure. Leave empty batches out."
+        )
     if rows % size != 0:
         cure = "Choose a size that divides it, or drop the incomplete batch."
         if not isinstance(rows, int):

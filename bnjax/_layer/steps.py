@@ -31,10 +31,11 @@ def read_steps(
     if (layer.debias or layer.momentum is None) and _is_zero(steps):
         seen = [name for name, p in stats.items() if is_static(p)]
         hidden = steps is None and len(seen) < len(stats)
+        known = "are" if not hidden else "may be"
         if hidden or any(not np.array_equal(stats[name], start()[name]) for name in seen):
             warn(
-                "Steps are 0 or missing, but the running statistics are trained. Counted from 0, "
-                "momentum=None and debias=True replace them in the first step. "
+                f"Steps are 0 or missing, but the running statistics {known} trained. "
+                "Counted from 0, momentum=None and debias=True replace them in the first step. "
                 "Give the number of updates that they come from as steps."
             )
     return as_steps(0 if steps is None else steps)
