@@ -48,10 +48,13 @@ def ema(
       debias: whether to divide by the total of the weights, as Adam does (Kingma and Ba, 2015):
         (1 - momentum) / (1 - momentum^(steps + 1)) takes the place of 1 - momentum. So the
         first step gives the batch's statistics and no step remembers the zeros and ones.
+        `steps` is one number for all features: one that a mask leaves out of early steps
+        keeps some of its start, here and with momentum=None.
       ddof: 1 remembers the unbiased variance, var * count / (count - 1), as PyTorch does;
         features whose count is not above `ddof` keep their variance.
 
     Raises:
+      TypeError: for what is no statistic, and for two of different kinds.
       ValueError: for a momentum outside [0, 1], missing steps, a `debias` with a schedule, for
         shapes that differ, and for complex statistics where the running mean is real.
 

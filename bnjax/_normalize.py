@@ -108,6 +108,7 @@ def normalize(
         or bias is). The cast comes last.
 
     Raises:
+      TypeError: for m that is no statistic.
       ValueError: for an epsilon that is not positive, or a shape that does not fit.
 
     Example:

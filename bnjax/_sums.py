@@ -12,8 +12,8 @@ With weights w (1 without a mask) and a pivot c, a constant near the mean:
 
 Guarded: where the sums show that the given pivot was too far from the mean, a branch measures
 again about the batch's mean. Autodiff of a branch would write zeros as large as x, so the pair of
-sums has a derivative rule, the only one in this package: the derivative about the pivot that was
-chosen. It is linear in the tangents and itself differentiated.
+sums has a derivative rule: the derivative about the pivot that was chosen. It is linear in the
+tangents and itself differentiated.
 """
 
 import functools

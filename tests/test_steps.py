@@ -142,6 +142,18 @@ def test_numbers_beyond_32_bits_stay_at_the_largest(make, fields, steps):
         assert_same_bits(layer.stats[name], largest.stats[name])
 
 
+def test_emission_alone_with_scheduled_limits_counts_from_0():
+    """`steps` cannot be made in a collection that `apply` does not name."""
+    layer = bnjax.linen.BatchRenorm(False, r_max=lambda steps: jnp.where(steps < 1, 1.0, 3.0), d_max=0.0)
+    params = {"scale": jnp.ones(3), "bias": jnp.zeros(3)}
+    variables = {"params": params, "batch_stats": TRAINED}
+    y, updates = layer.apply(variables, X, mutable=["moments"])
+    assert set(updates) == {"moments"}
+    counted = variables | {"batch_stats": TRAINED | {"steps": jnp.array(0)}}
+    expected, _ = layer.apply(counted, X, mutable=["moments"])
+    np.testing.assert_array_equal(y, expected)
+
+
 def test_statistics_of_a_file_are_not_written_into():
     stats = {name: np.array(p) for name, p in TRAINED.items()} | {"steps": np.array(3)}
     kept = {name: p.copy() for name, p in stats.items()}

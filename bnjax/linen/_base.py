@@ -143,9 +143,12 @@ class Base(Mode, Generic[M]):
         stats = {name: variable.value for name, variable in variables.items()}
         if with_steps and counts_steps(self, self._recipe):
             missing = begun and not self.has_variable("batch_stats", "steps")
-            steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
-            variables["steps"] = steps
-            stats["steps"] = read_steps(self, None if missing else steps.value, stats, start)
+            given = None
+            if not missing or self.is_mutable_collection("batch_stats"):
+                steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
+                variables["steps"] = steps
+                given = None if missing else steps.value
+            stats["steps"] = read_steps(self, given, stats, start)
         return variables, stats
 
 

@@ -49,10 +49,11 @@ class BatchNorm(Base[Moments]):
       use_fast_variance, force_float32_reductions: accepted, and change nothing: the variance
         is always accurate, and at least float32.
       pivot: where deviations are measured from, which changes passes, collectives and the last
-        bits, never the accuracy. "running": the running mean, with a guard: a batch whose mean
+        bits, not the accuracy. "running": the running mean, with a guard: a batch whose mean
         is farther than 1.4 standard deviations from it is measured again about its own.
         "batch": the batch's own mean, with no branch in the program. "auto": "running", but
-        without an `axis_name` "batch" on a GPU.
+        without an `axis_name` "batch" on a GPU. Replicas that share by an `axis_name` must
+        hold one running mean: after training apart, `bnjax.merge_stacked` first, or "batch".
       debias: whether the average forgets the zeros and ones that it started with, as in `ema`.
       ddof: 1 to remember the unbiased variance, as PyTorch does.
       ghost_batch_size: how many consecutive examples of the first axis are normalized together
@@ -61,7 +62,7 @@ class BatchNorm(Base[Moments]):
       eval_momentum: the share of the running statistics in evaluation; the rest is this batch's
         (Schneider et al., 2020: N / (N + n), for n examples that weigh against N of training).
         0 is the batch's statistics alone (Nado et al., 2020). Below 1 an `axis_name` must be
-        mapped. No state is written.
+        mapped. The batch's variance is the biased one, whatever `ddof` is. No state is written.
       skip_nonfinite: whether features whose batch mean or variance is not finite count as not
         seen, so that they leave the running statistics as they are. The output stays what it is.
 

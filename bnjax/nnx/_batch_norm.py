@@ -33,7 +33,8 @@ class BatchNorm(Base[Moments]):
     first. For a whole model: `model.set_attributes(emit="only")`.
 
     Args:
-      num_features: the size of the feature axis, or of each where `axis` is a tuple.
+      num_features: the size of the feature axis, or of each where `axis` is a tuple, in the
+        order that they have in x.
       use_running_average: True in evaluation, False in training; `train()` and `eval()` set it.
       axis: the feature axis, or a tuple of them.
       momentum: the share of the running statistics that is kept (PyTorch's is 1 minus it); or
@@ -51,10 +52,11 @@ class BatchNorm(Base[Moments]):
       rngs: the source of keys for the initializers.
       bias_metadata, scale_metadata: metadata for the parameters' variables.
       pivot: where deviations are measured from, which changes passes, collectives and the last
-        bits, never the accuracy. "running": the running mean, with a guard: a batch whose mean
+        bits, not the accuracy. "running": the running mean, with a guard: a batch whose mean
         is farther than 1.4 standard deviations from it is measured again about its own.
         "batch": the batch's own mean, with no branch in the program. "auto": "running", but
-        without an `axis_name` "batch" on a GPU.
+        without an `axis_name` "batch" on a GPU. Replicas that share by an `axis_name` must
+        hold one running mean: after training apart, `bnjax.merge_stacked` first, or "batch".
       debias: whether the average forgets the zeros and ones that it started with, as in `ema`.
       ddof: 1 to remember the unbiased variance, as PyTorch does.
       emit: True to emit the moments besides remembering them, "only" to emit them instead.
@@ -63,7 +65,7 @@ class BatchNorm(Base[Moments]):
       eval_momentum: the share of the running statistics in evaluation; the rest is this batch's
         (Schneider et al., 2020: N / (N + n), for n examples that weigh against N of training).
         0 is the batch's statistics alone (Nado et al., 2020). Below 1 an `axis_name` must be
-        mapped. No state is written.
+        mapped. The batch's variance is the biased one, whatever `ddof` is. No state is written.
       skip_nonfinite: whether features whose batch mean or variance is not finite count as not
         seen, so that they leave the running statistics as they are. The output stays what it is.
 
