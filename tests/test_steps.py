@@ -144,7 +144,9 @@ def test_numbers_beyond_32_bits_stay_at_the_largest(make, fields, steps):
 
 def test_emission_alone_with_scheduled_limits_counts_from_0():
     """`steps` cannot be made in a collection that `apply` does not name."""
-    layer = bnjax.linen.BatchRenorm(False, r_max=lambda steps: jnp.where(steps < 1, 1.0, 3.0), d_max=0.0)
+    layer = bnjax.linen.BatchRenorm(
+        False, r_max=lambda steps: jnp.where(steps < 1, 1.0, 3.0), d_max=0.0
+    )
     params = {"scale": jnp.ones(3), "bias": jnp.zeros(3)}
     variables = {"params": params, "batch_stats": TRAINED}
     y, updates = layer.apply(variables, X, mutable=["moments"])
