@@ -45,7 +45,11 @@ COMPILED_SHAPES = (
     (4096, 1024),
     (256, 4096),
 )
-COMPILED_STEPS = {"small_resnet": (128, 2**18), "resnet50": (128, 2**20)}
+COMPILED_STEPS = {
+    "small_resnet": (128, 2**18),
+    "scanned": (64, 2**18),
+    "resnet50": (128, 2**20),
+}
 
 
 def all_cases(on_cpu: bool) -> list[Case]:

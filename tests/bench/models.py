@@ -107,6 +107,31 @@ class MLP(nn.Module):
         return nn.Dense(self.classes, dtype=self.dtype)(x).astype(jnp.float32)
 
 
+class Scanned(nn.Module):
+    """Residual blocks in a loop: what JAX keeps of each is kept, whatever the compiler."""
+
+    depth: int
+    channels: int
+    classes: int
+    norm: Norm
+    dtype: Any
+    policy: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        block = _rematerialized(Basic, self.policy)
+        blocks = nn.scan(
+            lambda block, x: (block(x), None),
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=self.depth,
+        )
+        x = _conv(self.channels, 3, 1, self.dtype)(x)
+        x, _ = blocks(block(self.channels, 1, self.norm, self.dtype), x)
+        x = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(self.classes, dtype=self.dtype)(x).astype(jnp.float32)
+
+
 def resnet50(norm: Norm, policy: Any, dtype: Any) -> nn.Module:
     """For 224x224 images and 1000 classes."""
     return ResNet(Bottleneck, (3, 4, 6, 3), 64, 1000, True, norm, dtype, policy)
@@ -117,6 +142,11 @@ def small_resnet(norm: Norm, policy: Any, dtype: Any) -> nn.Module:
     return ResNet(Basic, (3, 3, 3), 16, 10, False, norm, dtype, policy)
 
 
+def scanned(norm: Norm, policy: Any, dtype: Any) -> nn.Module:
+    """Sixteen convolutions of 128 channels, in eight blocks."""
+    return Scanned(8, 128, 10, norm, dtype, policy)
+
+
 def mlp(norm: Norm, policy: Any, dtype: Any) -> nn.Module:
     return MLP((1024, 1024, 1024), 10, norm, dtype, policy)
 
@@ -125,6 +155,7 @@ def mlp(norm: Norm, policy: Any, dtype: Any) -> nn.Module:
 MODELS = {
     "resnet50": (resnet50, (224, 224, 3), 1000),
     "small_resnet": (small_resnet, (32, 32, 3), 10),
+    "scanned": (scanned, (32, 32, 3), 10),
     "mlp": (mlp, (784,), 10),
 }
 
