@@ -45,8 +45,8 @@ class Guess(NamedTuple):
     Attributes:
       mean: `[*features]`, the same on all replicas; anything, NaN too.
       pivot: the program for it.
-      name: what errors call it.
       slack: what is added to the variance later, so that the guard need not be more exact.
+      name: what errors call it.
     """
 
     mean: ArrayLike

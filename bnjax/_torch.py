@@ -76,6 +76,7 @@ def from_torch(
       >>> print(params["scale"], batch_stats["mean"])
       [1. 1.] [1. 2.]
     """
+    prefix = prefix.removesuffix(".")
     dot = f"{prefix}." if prefix else ""
     entries = {k.removeprefix(dot): v for k, v in state_dict.items() if k.startswith(dot)}
     if dot and not entries:
@@ -127,6 +128,7 @@ def from_torch_model(
       >>> print(*back[0])
       module.bn1.weight module.bn1.running_mean module.bn1.running_var
     """
+    prefix = prefix.removesuffix(".")
     dot = f"{prefix}." if prefix else ""
     all_norms = _norms(state_dict)
     norms = [name for name in all_norms if name == prefix or name.startswith(dot)]

@@ -248,6 +248,7 @@ def test_entries_that_are_not_batch_norms_are_refused():
         lambda: bnjax.from_torch({"a": np.ones(3)}, "bn"),
         "state_dict has no entry that starts with 'bn.'. Batch norms in it are none.",
     )
+    assert list(bnjax.from_torch(state, "bn1.")[0]) == list(bnjax.from_torch(state, "bn1")[0])
     assert_refused(
         lambda: bnjax.from_torch(state, "fc"),
         "state_dict has 'fc.weight_g', but a batch norm has 'fc.weight', 'fc.bias', "
