@@ -30,6 +30,7 @@ MUTATIONS = [
     ("s = a + rounded(b)", "s = a + b", "moments normalize devices whiten"),
     ("v if jnp.iscomplexobj(v) else v / ones for v in vs", "v for v in vs", "memory"),
     ("return c / ones[0], c / ones[1]", "return c, c", "memory"),
+    (">= jnp.finfo(given.dtype).min", ">= 0", "normalize"),
     ("return lax.optimization_barrier((x, c))", "return x, c", "memory"),
     ("checkpoint_name(a, MOMENTS_NAME)", "a", "memory"),
     ("max(32, 8 * size)", "10**9", "whiten"),
@@ -66,7 +67,7 @@ MUTATIONS = [
     # Networks
     ("jnp.max(steps, 0)", "jnp.min(steps, 0)", "trees"),
     ("jnp.where(finite, new, old)", "new", "recalibrate"),
-    ('(m.mean - stats["mean"] + m.remainder)', '(m.mean - stats["mean"])', "drift"),
+    ("(m.mean - running.mean + m.remainder)", "(m.mean - running.mean)", "drift"),
     ("shapes.get(path[:-1], ())", "set().union(*shapes.values())", "decay"),
     ("seen & dead, stderr", "dead, stderr", "drift"),
     ("own.astype(dtype) * mul + add", "own.astype(dtype) + add", "fold"),
