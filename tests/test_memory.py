@@ -7,7 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from hlo import split_branches
+from hlo import loops_over, split_branches
 from implementations import every_implementation
 from jax import lax
 from samples import normal
@@ -173,6 +173,30 @@ def test_a_quiet_branch_holds_nothing_of_the_inputs_size(step):
         math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", results[0])
     ]
     assert max(sizes) == FEATURES
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="goes without: policies pay for it")
+@every_implementation
+def test_loops_over_elements_repeat_no_arithmetic_on_features(step):
+    """y and dx are a few sums and products of x, dy and vectors; else 13 and 32 operations."""
+    x, dy, scale, bias = array((96, 48)), array((96, 48), seed=1), jnp.ones(48), jnp.zeros(48)
+
+    @jax.jit
+    def forward_and_backward(x, dy, scale, bias):
+        def split(x, scale, bias):
+            y, *running = step(x, scale, bias)
+            return y, running
+
+        y, pull, running = jax.vjp(split, x, scale, bias, has_aux=True)
+        y, dy = lax.optimization_barrier((y, dy))
+        return y, pull(dy), running
+
+    program = forward_and_backward.lower(x, dy, scale, bias).compile().as_text()
+    (arrays, operations), (arrays_back, operations_back) = loops_over(x.shape, program)
+    assert arrays <= 5
+    assert operations <= 5
+    assert arrays_back <= 6
+    assert operations_back <= 7
 
 
 @every_implementation
