@@ -27,7 +27,7 @@ MUTATIONS = [
     ("if w.shape[i] == 1\n", "if w.shape[i] > 0\n", "moments"),
     # Rounding, and what is there for a compiler's sake
     ("((a - by) - (high - by)) + b", "0 * b", "moments ema"),
-    ("s = a + rounded(b)", "s = a + b", "moments normalize devices whiten"),
+    ("s = a + rounded(b)", "s = a + b", "moments normalize devices whiten search"),
     ("v if jnp.iscomplexobj(v) else v / ones for v in vs", "v for v in vs", "memory"),
     ("return c / ones[0], c / ones[1]", "return c, c", "memory"),
     (">= jnp.finfo(given.dtype).min", ">= 0", "normalize"),
