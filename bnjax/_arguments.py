@@ -72,6 +72,14 @@ def check_features(name: str, shape: Shape, features: Shape) -> None:
         )
 
 
+def check_not_empty(shape: Shape, values: int) -> None:
+    """Refuses an x that has no value to measure."""
+    if not values:
+        raise ValueError(
+            f"x has shape {shape}, so there is no value to measure. Leave empty batches out."
+        )
+
+
 def is_whole(given: Any) -> bool:
     """Whether it is an integer, also one of NumPy."""
     return isinstance(given, int | np.integer)

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from bnjax._arguments import check_features, check_momentum, is_static, promote, read_ddof
 from bnjax._rounding import moved, real_dtype
-from bnjax._statistic import M, Statistic, cast, check_statistic
+from bnjax._statistic import M, Statistic, cast, check_kinds
 
 Momentum = ArrayLike | Callable[[ArrayLike], ArrayLike] | None
 Stats = dict[str, Array]  # of one layer: mean, var or cov, and steps where updates are counted
@@ -67,13 +67,7 @@ def ema(
       [1.] [1.75] 2.0
     """
     ddof = read_ddof(ddof)
-    for name, m in (("running", running), ("batch", batch)):
-        check_statistic(name, m)
-    if type(running) is not type(batch):
-        raise TypeError(
-            f"running is a {type(running).__name__}, but batch is a {type(batch).__name__}. "
-            "Measure both with the same function."
-        )
+    check_kinds(("running", "batch"), running, batch)
     fields = running.mean, running.second, running.count, running.remainder
     kept = running.make(*map(jnp.asarray, fields))
     features, second = np.shape(batch.mean), np.shape(batch.second)

@@ -17,6 +17,7 @@ from bnjax._arguments import (
     Shape,
     as_array,
     check_features,
+    check_not_empty,
     is_whole,
     promote,
     read_mask,
@@ -168,10 +169,7 @@ def cov_moments(
     features, reduced = split_axes(feature_axis, x.shape)
     weights = read_mask(where, x.shape, features)
     sizes = tuple(x.shape[i] for i in features)
-    if not x.size:
-        raise ValueError(
-            f"x has shape {x.shape}, so there is no value to measure. Leave empty batches out."
-        )
+    check_not_empty(x.shape, x.size)
     if weights is not None and any(weights.shape[i] != 1 for i in features):
         raise ValueError(
             f"where (a layer's mask) has shape {weights.shape} and x has shape {x.shape}, but a "

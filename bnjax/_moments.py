@@ -16,6 +16,7 @@ from bnjax._arguments import (
     Shape,
     as_array,
     check_features,
+    check_not_empty,
     promote,
     read_mask,
     split_axes,
@@ -187,10 +188,7 @@ def moments_near(
     x = as_array(x)
     features, reduced = split_axes(feature_axis, x.shape)
     weights = read_mask(where, x.shape, features)
-    if not math.prod(x.shape[i] for i in reduced):
-        raise ValueError(
-            f"x has shape {x.shape}, so there is no value to measure. Leave empty batches out."
-        )
+    check_not_empty(x.shape, math.prod(x.shape[i] for i in reduced))
     pivot: Pivot = "batch"
     c, slack = None, jnp.zeros(())
     if guess is not None:

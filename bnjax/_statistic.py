@@ -86,8 +86,8 @@ def check_statistic(name: str, m: Any) -> None:
         )
 
 
-def check_alike(names: tuple[str, str], a: Statistic, b: Statistic) -> None:
-    """Refuses statistics of two kinds, or of other features."""
+def check_kinds(names: tuple[str, str], a: Any, b: Any) -> None:
+    """Refuses what is no statistic, and two of different kinds."""
     for name, m in zip(names, (a, b), strict=True):
         check_statistic(name, m)
     if type(a) is not type(b):
@@ -95,6 +95,11 @@ def check_alike(names: tuple[str, str], a: Statistic, b: Statistic) -> None:
             f"{names[0]} is a {type(a).__name__}, but {names[1]} is a {type(b).__name__}. "
             "Measure both with the same function."
         )
+
+
+def check_alike(names: tuple[str, str], a: Statistic, b: Statistic) -> None:
+    """Refuses statistics of two kinds, or of other features."""
+    check_kinds(names, a, b)
     for field in ("mean", a.second_name()):
         sizes = np.shape(getattr(a, field)), np.shape(getattr(b, field))
         if sizes[0] != sizes[1]:

@@ -8,7 +8,7 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from bnjax._arguments import Axes, is_whole, read_mask, split_axes
+from bnjax._arguments import Axes, check_not_empty, is_whole, read_mask, split_axes
 from bnjax._statistic import M
 from bnjax._trees import merge_stacked
 
@@ -50,10 +50,7 @@ def _check_size(size: int, x: Array, features: tuple[int, ...]) -> None:
             "Move the examples there with jnp.moveaxis."
         )
     rows = x.shape[0]
-    if not x.size:
-        raise ValueError(
-            f"x has shape {x.shape}, so there is no value to measure. Leave empty batches out."
-        )
+    check_not_empty(x.shape, x.size)
     if rows % size != 0:
         cure = "Choose a size that divides it, or drop the incomplete batch."
         if not isinstance(rows, int):
