@@ -146,8 +146,9 @@ def cov_moments(
         covariance has `features * group_size` numbers, and costs as much for each example.
       where: a mask or sample weights as in `moments`, one for each example or position: a
         covariance needs all features of an example.
-      axis_name, axis_index_groups, pivot: as in `moments`. A pivot that is far from the mean
-        can leave a covariance that is not positive, which epsilon has to outweigh.
+      axis_name, axis_index_groups: as in `moments`.
+      pivot: as in `moments`. One that is far from the mean can leave a covariance that is not
+        positive, which epsilon has to outweigh.
 
     Returns:
       `CovMoments` in the promotion of `x.dtype` with float32. With count 0 the mean is 0 (or
