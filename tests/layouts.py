@@ -30,36 +30,40 @@ def step(x, dy, where, scale, bias, axis_name=None, apply=bnjax.batch_norm):
 
 
 def _shard(a):
-    return None if a is None else a.reshape(DEVICES, -1, *a.shape[1:])
+    return None if a is None else np.asarray(a).reshape(DEVICES, -1, *a.shape[1:])
 
 
 def _whole(result):
     """The replicas' results put together; each replica's gradients of parameters are added."""
-    y, dx, dscale, dbias, m = result
+    y, dx, dscale, dbias, m = jax.tree.map(np.asarray, result)
     y, dx = (a.reshape(-1, *a.shape[2:]) for a in (y, dx))
     return y, dx, dscale.sum(0), dbias.sum(0), jax.tree.map(lambda a: a[0], m)
 
 
 def _mapped(transform):
+    @functools.cache
+    def program(masked, applied):
+        f = functools.partial(step, axis_name=AXIS, **dict(applied))
+        return transform(f, in_axes=(0, 0, 0 if masked else None, None, None), axis_name=AXIS)
+
     def layout(x, dy, where, scale, bias, **applied):
-        f = functools.partial(step, axis_name=AXIS, **applied)
-        axes = (0, 0, None if where is None else 0, None, None)
-        f = transform(f, in_axes=axes, axis_name=AXIS)
+        f = program(where is not None, tuple(applied.items()))
         return _whole(f(*map(_shard, (x, dy, where)), scale, bias))
 
     return layout
 
 
 def _shard_map(check_vma):
-    def layout(x, dy, where, scale, bias, **applied):
+    @functools.cache
+    def program(masked, applied):
         def replica(x, dy, where, scale, bias):
-            y, dx, dscale, dbias, m = step(x, dy, where, scale, bias, AXIS, **applied)
+            y, dx, dscale, dbias, m = step(x, dy, where, scale, bias, AXIS, **dict(applied))
             if not check_vma:  # with the check JAX adds up the gradients of shared parameters
                 dscale, dbias = jax.lax.psum((dscale, dbias), AXIS)
             return y, dx, dscale, dbias, m
 
         mesh = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))
-        batch = None if where is None else P(AXIS)
+        batch = P(AXIS) if masked else None
         f = jax.shard_map(
             replica,
             mesh=mesh,
@@ -67,19 +71,27 @@ def _shard_map(check_vma):
             out_specs=(P(AXIS), P(AXIS), P(), P(), P()),
             check_vma=check_vma,
         )
-        return jax.jit(f)(x, dy, where, scale, bias)
+        return jax.jit(f)
+
+    def layout(x, dy, where, scale, bias, **applied):
+        f = program(where is not None, tuple(applied.items()))
+        return f(x, dy, where, scale, bias)
 
     return layout
 
 
 def _jit(axis_type):
+    @functools.cache
+    def program(applied):
+        return jax.jit(functools.partial(step, **dict(applied)))
+
     def layout(x, dy, where, scale, bias, **applied):
         mesh = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(axis_type,))
         over, whole = NamedSharding(mesh, P(AXIS)), NamedSharding(mesh, P())
         shardings = over, over, None if where is None else over, whole, whole
         with jax.set_mesh(mesh):
             args = jax.tree.map(jax.device_put, (x, dy, where, scale, bias), shardings)
-            return jax.jit(functools.partial(step, **applied))(*args)
+            return program(tuple(applied.items()))(*args)
 
     return layout
 
@@ -114,7 +126,7 @@ def batch(ratio=0.0, dtype=jnp.float32, rows=64, features=6):
     rng = np.random.default_rng(0)
     x, dy = rng.standard_normal((2, rows, features))
     scale, bias = rng.standard_normal((2, features)).astype(np.float32)
-    return jnp.asarray(x + ratio, dtype), jnp.asarray(dy, dtype), scale, bias
+    return (x + ratio).astype(dtype), dy.astype(dtype), scale, bias
 
 
 def assert_is_whole_batch(result, x, dy, where, scale, bias):

@@ -6,6 +6,7 @@ import random
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 RATIOS = [0, 1e2, 1e3, 1e4, 1e5, 1e6]  # mean / std
 ROWS = [4096, 4099]  # XLA fuses differently where the row count is no power of two
@@ -48,3 +49,9 @@ def covering(**fields):
         missing -= pairs(best)
         covered.append({name: fields[name][k] for name, k in zip(fields, best, strict=True)})
     return covered
+
+
+def every_pair(**fields):
+    """Runs a test on rows of these arguments in which any two values of two arguments meet."""
+    rows = [tuple(row.values()) for row in covering(**fields)]
+    return pytest.mark.parametrize(tuple(fields), rows)
