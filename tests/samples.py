@@ -53,5 +53,6 @@ def covering(**fields):
 
 def every_pair(**fields):
     """Runs a test on rows of these arguments in which any two values of two arguments meet."""
+    fields = {name: list(values) for name, values in fields.items()}
     rows = [tuple(row.values()) for row in covering(**fields)]
     return pytest.mark.parametrize(tuple(fields), rows)
