@@ -26,7 +26,7 @@ COLUMNS: dict[str, Callable[[Figures], str]] = {
     "million cycles": lambda f: f"{f['cycles'] / 1e6:.2f}",
     "sums with a convolution, alone": lambda f: f"{f['epilogues']}, {f['sums_alone']}",
     "branches": lambda f: str(f["conditionals"]),
-    "compile s": lambda f: f"{f['compile_seconds']:.0f}",
+    "compile, processor s": lambda f: f"{f['compile_seconds']:.1f}",
 }
 ONLY_TPU = {
     "Thousand cycles, as the compiler estimates",
