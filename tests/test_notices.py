@@ -147,3 +147,14 @@ def test_what_it_says_of_the_output_is_true(kind):
         assert d[2] > layer.d_max
         expected += jnp.minimum(d, layer.d_max)
     np.testing.assert_allclose(y[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("groups", "warned"), [(((0, 1), (2,)), [THE_BIAS]), (None, [])])
+def test_a_group_of_one_replica_has_one_value_too(groups, warned):
+    layer = bnjax.linen.BatchNorm(False, axis_name="i", axis_index_groups=groups)
+    variables = bnjax.linen.BatchNorm(False).init(KEY, X)
+    train = jax.pmap(lambda x: layer.apply(variables, x, mutable=["batch_stats"]), axis_name="i")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(np.arange(9, dtype=np.float32).reshape(3, 1, 3))
+    assert [str(w.message) for w in caught] == warned

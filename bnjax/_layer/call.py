@@ -105,10 +105,10 @@ def call(
         return train(x, mask)[0], None
     if ghosts is None:
         y, m = train(x, mask, axis_name, groups)
-        warn_of_single_values(recipe.of_one_value, x.shape, axis, axis_name)
+        warn_of_single_values(recipe.of_one_value, x.shape, axis, axis_name, groups)
         return y, _finite_only(m) if layer.skip_nonfinite else m
     y, m = in_ghosts(train, x, mask, ghosts, axis)
-    warn_of_single_values(recipe.of_one_value, (ghosts, *x.shape[1:]), axis, None)
+    warn_of_single_values(recipe.of_one_value, (ghosts, *x.shape[1:]), axis)
     m = m if axis_name is None else pmerge(m, axis_name, axis_index_groups=groups)
     return y, _finite_only(m) if layer.skip_nonfinite else m
 

@@ -7,7 +7,7 @@ import warnings
 from jax import lax
 
 from bnjax._arguments import Axes, Shape, split_axes
-from bnjax._statistic import AxisName
+from bnjax._statistic import AxisName, Groups
 
 LIBRARIES = "bnjax", "flax", "jax"  # which stand between a layer and its user
 
@@ -28,10 +28,12 @@ def _is_of_libraries(module: str) -> bool:
 
 
 def warn_of_single_values(
-    output: str, shape: Shape, axis: Axes, axis_name: AxisName | None
+    output: str, shape: Shape, axis: Axes, axis_name: AxisName | None = None, groups: Groups = None
 ) -> None:
-    """Where a batch has one value per feature, and what the output then is."""
+    """Where a batch, or that of a group, has one value per feature, and what the output then is."""
     replicas = 1 if axis_name is None else lax.psum(1, axis_name)
+    if axis_name is not None and groups is not None:
+        replicas = min(len(group) for group in groups)
     _, reduced = split_axes(axis, shape)
     if math.prod(shape[i] for i in reduced) * replicas == 1:
         warn(
