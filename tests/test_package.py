@@ -135,7 +135,7 @@ ORDER = [
     *("_statistic", "_sums", "_moments", "_covariance", "_average"),
     *("_normalize", "_renormalize", "_whiten"),
     *("_trees", "_recalibrate", "_drift", "_decay"),
-    *("_fold", "_fold_model", "_torch"),
+    *("_fold", "_fold_model", "_fold_check", "_torch"),
     *("_layer", "linen", "nnx"),
 ]
 

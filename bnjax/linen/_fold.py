@@ -13,6 +13,7 @@ from flax.typing import Dtype
 from jax import Array, lax
 
 from bnjax._arguments import as_array, promote, split_axes
+from bnjax._fold_check import Share, check_norm, check_use
 from bnjax._fold_model import (
     BatchNorm,
     Call,
@@ -21,10 +22,7 @@ from bnjax._fold_model import (
     Kernel,
     Norm,
     Pairs,
-    Share,
-    check_norm,
     check_pairs,
-    check_use,
     find,
     first,
     fold_pair,

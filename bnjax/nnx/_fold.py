@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from bnjax._arguments import Axes, as_array, promote, split_axes
+from bnjax._fold_check import Share, check_norm, check_use
 from bnjax._fold_model import (
     BatchNorm,
     Call,
@@ -17,10 +18,7 @@ from bnjax._fold_model import (
     Kernel,
     Norm,
     Pairs,
-    Share,
-    check_norm,
     check_pairs,
-    check_use,
     find,
     first,
     fold_pair,
