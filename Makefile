@@ -46,17 +46,18 @@ test-lowest:  ## the wheel, outside the checkout, on the oldest JAX and Flax: wh
 test-newest:  ## the same on the newest that $(PYTHON) gets
 	.ci/test_wheel $(PYTHON)
 
-.venv/%.done: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+define install  # this extra, in this environment
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade pip
+	$(1)/bin/python -m pip install --quiet --editable ".[$*]"
 	touch $@
+endef
+
+.venv/%.done: pyproject.toml
+	$(call install,.venv)
 
 .venv/programs/%.done: pyproject.toml
-	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --upgrade pip
-	$(@D)/bin/python -m pip install --quiet --editable ".[$*]"
-	touch $@
+	$(call install,.venv/programs)
 
 clean:
 	rm -rf .venv .jax_cache build dist results
