@@ -1,6 +1,8 @@
 """Inputs that several files draw: normal data, and rows of settings that cover all pairs."""
 
+import functools
 import itertools
+import math
 import random
 
 import jax
@@ -19,7 +21,29 @@ def normal(shape, ratio=0, seed=0, dtype=np.float32):
 
 def well_scaled(seed, shape, dtype=jnp.float32):
     """A JAX array of standard deviation 2, whose mean is not zero."""
-    return (2 * jax.random.normal(jax.random.key(seed), shape) + 1).astype(dtype)
+    return jnp.asarray(1 + 2 * np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def between_signs(key, shape, dtype=jnp.float32):
+    """An initializer between -1 and 1: as the key says, and sooner compiled than random ones."""
+    return _waves(key, tuple(shape), jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _waves(key, shape, dtype):
+    start = jax.random.key_data(key)[-1] % 1000
+    return jnp.sin(start.astype(dtype) + jnp.arange(math.prod(shape), dtype=dtype)).reshape(shape)
+
+
+def around_one(key, shape, dtype=jnp.float32):
+    """The same between 1/2 and 3/2."""
+    return 1 + between_signs(key, shape, dtype) / 2
+
+
+def kernel(key, shape, dtype=jnp.float32):
+    """An initializer of kernels, the same for every key: nothing to compile."""
+    values = np.random.default_rng(0).standard_normal(shape) / shape[-2] ** 0.5
+    return jnp.asarray(values, dtype)
 
 
 def fresh(features=3):

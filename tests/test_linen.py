@@ -15,12 +15,11 @@ import pytest
 import reference
 from checks import assert_agree
 from jax import lax
-from samples import covering, well_scaled
+from samples import around_one, between_signs, covering, kernel, well_scaled
 
 import bnjax.linen
 
 KEY = jax.random.key(0)
-NORMAL, UNIFORM = nn.initializers.normal(1.0), nn.initializers.uniform(2.0)
 BOTH = (bnjax.linen.BatchNorm, nn.BatchNorm)
 
 
@@ -77,15 +76,15 @@ def test_fields_defaults_and_call_are_flaxs():
     covering(
         x_dtype=[jnp.float32, jnp.bfloat16, jnp.float16],
         given=["constructor", "call"],
-        axis=[-1, 1, -3, (1, 2), (-1, 1)],
-        momentum=[0.9, 0.99, 0.0, 1.0],
+        axis=[-1, 1, -3, (-1, 1)],
+        momentum=[0.9, 0.0, 1.0],
         epsilon=[1e-5, 1e-2],
-        dtype=[None, jnp.float32, jnp.bfloat16, jnp.float16],
-        param_dtype=[jnp.float32, jnp.bfloat16, jnp.float16],
+        dtype=[None, jnp.float32, jnp.bfloat16],
+        param_dtype=[jnp.float32, jnp.bfloat16],
         use_bias=[True, False],
         use_scale=[True, False],
-        bias_init=[NORMAL, nn.initializers.zeros],
-        scale_init=[UNIFORM, nn.initializers.ones],
+        bias_init=[between_signs, nn.initializers.zeros],
+        scale_init=[around_one, nn.initializers.ones],
         axis_name=[None, "replicas", ("replicas",)],
         use_fast_variance=[True, False],
     ),
@@ -96,11 +95,13 @@ def test_agrees_with_flax_over_100_steps(row):
     x_dtype, given = fields.pop("x_dtype"), fields.pop("given")
     ours, theirs = (layer(**fields) for layer in BOTH)
     xs, dys = well_scaled(1, (100, 2, 8, 4, 6), x_dtype), well_scaled(2, (100, 2, 8, 4, 6))
-    with jax.numpy_dtype_promotion("standard"):
-        mine, flaxs = (
-            jax.jit(functools.partial(layer.init, use_running_average=False))(KEY, xs[0, 0])
-            for layer in (ours, theirs)
-        )
+
+    @jax.jit
+    def init(x):
+        with jax.numpy_dtype_promotion("standard"):
+            return [layer.init(KEY, x, use_running_average=False) for layer in (ours, theirs)]
+
+    mine, flaxs = init(xs[0, 0])
     chex.assert_trees_all_equal(mine, flaxs, strict=True)
 
     @functools.partial(jax.vmap, axis_name="replicas")
@@ -118,22 +119,27 @@ def test_agrees_with_flax_over_100_steps(row):
     def run(params, our_stats, their_stats):
         carry, outputs = lax.scan(step, (params, our_stats, their_stats), (xs, dys))
         params, *both_stats = carry
-        evaluations = []
-        for stats in both_stats:
+
+        @functools.partial(jax.vmap, in_axes=(0, None, None))  # the statistics of both
+        @jax.vmap
+        def evaluate(stats, params, x):
+            evaluations = []
             for first in (ours, theirs):
                 layer, call = as_given(first, given, True)
-                apply = jax.vmap(functools.partial(layer.apply, **call))
                 with jax.numpy_dtype_promotion("standard"):
-                    y = apply({"params": params, "batch_stats": stats}, xs[0])
+                    y = layer.apply({"params": params, "batch_stats": stats}, x, **call)
                 evaluations.append(y)
-        return outputs, evaluations
+            return evaluations
+
+        stats = jax.tree.map(lambda *pair: jnp.stack(pair), *both_stats)
+        return outputs, evaluate(stats, params, xs[0])
 
     start = (flaxs.get("params", {}), flaxs["batch_stats"], mine["batch_stats"])
-    start = jax.tree.map(lambda p: jnp.stack([p, p]), start)
+    start = jax.tree.map(lambda p: np.stack([p, p]), start)
     (a, b), evaluations = run(*start)
     assert_agree(a[:3], b[:3])
     assert_agree(a[3], b[3], summed=True)  # the terms through x and through its moments
-    assert_agree(evaluations[0::2], evaluations[1::2])
+    assert_agree(*evaluations)
 
 
 class Network(nn.Module):
@@ -144,14 +150,14 @@ class Network(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         for width in (16, 16):
-            x = nn.Dense(width, use_bias=False)(x)
+            x = nn.Dense(width, use_bias=False, kernel_init=kernel)(x)
             x = nn.relu(self.layer(use_running_average=not train, momentum=0.9)(x))
-        return nn.Dense(1)(x)
+        return nn.Dense(1, kernel_init=kernel)(x)
 
 
 def test_a_network_trains_as_with_flax():
     x = well_scaled(1, (64, 4))
-    target = jnp.sin(x.sum(1, keepdims=True))
+    target = np.sin(np.sum(x, 1, keepdims=True))
 
     def run(layer):
         model = Network(layer)
@@ -181,7 +187,7 @@ def test_groups_of_replicas_as_flax():
 
     def run(layer):
         layer = layer(axis_name="i", axis_index_groups=groups, use_running_average=False)
-        variables = layer.init(KEY, x[0])
+        variables = jax.jit(layer.init)(KEY, x[0])
         return jax.pmap(functools.partial(train, layer, variables), axis_name="i")(x, dy)
 
     ours, theirs = map(run, BOTH)
@@ -211,8 +217,8 @@ def test_float32_without_float32_reductions_as_flax():
     ours, theirs = (
         layer(force_float32_reductions=False, use_running_average=False) for layer in BOTH
     )
-    variables = ours.init(KEY, x)
-    chex.assert_trees_all_equal(variables, theirs.init(KEY, x), strict=True)
+    variables = jax.jit(ours.init)(KEY, x)
+    chex.assert_trees_all_equal(variables, jax.jit(theirs.init)(KEY, x), strict=True)
     assert_agree(train(ours, variables, x, dy), train(theirs, variables, x, dy))
 
 
@@ -221,7 +227,7 @@ def test_float32_without_float32_reductions_as_flax():
     [(np.int8, None), (np.uint32, jnp.bfloat16), (bool, None), (np.complex64, None)],
 )
 def test_numpy_input_of_any_dtype_as_flax(x_dtype, dtype):
-    x = np.asarray(jax.random.randint(KEY, (16, 3), 0, 5)).astype(x_dtype)
+    x = np.random.default_rng(0).integers(0, 5, (16, 3)).astype(x_dtype)
     if x_dtype == np.complex64:
         x = x * np.complex64(1 + 2j) + x[::-1] ** 2
 
@@ -231,7 +237,7 @@ def test_numpy_input_of_any_dtype_as_flax(x_dtype, dtype):
         return layer.apply(variables, x, mutable=["batch_stats"])
 
     with jax.numpy_dtype_promotion("standard"):
-        theirs = run(nn.BatchNorm)
+        theirs = jax.jit(run, static_argnums=0)(nn.BatchNorm)
     ours = run(bnjax.linen.BatchNorm)
     assert_agree(ours, theirs)
 
@@ -240,7 +246,7 @@ def test_numpy_input_of_any_dtype_as_flax(x_dtype, dtype):
 @pytest.mark.parametrize("way", ["state dict", "bytes", "orbax"])
 def test_variables_of_either_layer_survive_a_round_trip_into_ours(way, layer, tmp_path):
     x = well_scaled(1, (16, 3))
-    layer = layer(bias_init=NORMAL, scale_init=UNIFORM, use_running_average=False)
+    layer = layer(bias_init=between_signs, scale_init=around_one, use_running_average=False)
     variables = layer.init(KEY, x)
     variables |= layer.apply(variables, x, mutable=["batch_stats"])[1]
     blank = bnjax.linen.BatchNorm(use_running_average=False).init(jax.random.key(9), x)
@@ -288,17 +294,22 @@ def test_initialization_leaves_the_statistics_alone():
 
 def test_initialization_ignores_the_running_pivot():
     x = well_scaled(1, (8, 3)) + 1e4
-    y, _ = bnjax.linen.BatchNorm(pivot="running").init_with_output(
-        KEY, x, use_running_average=False
-    )
+
+    def init(pivot):
+        layer = bnjax.linen.BatchNorm(pivot=pivot, use_running_average=False)
+        return functools.partial(layer.init_with_output, KEY)
+
     m = reference.moments(x)
+    y, _ = init("running")(x)
     np.testing.assert_allclose(y, reference.normalize(x, m.mean, m.var), atol=2e-6)
+    programs = [str(jax.make_jaxpr(init(pivot))(x)) for pivot in ("running", "batch")]
+    assert programs[0] == programs[1]
 
 
 @pytest.mark.parametrize("way", ["eval_shape", "jit", "lazy"])
 def test_abstract_and_compiled_initialization(way):
     x = well_scaled(1, (8, 3), jnp.bfloat16)
-    layer = bnjax.linen.BatchNorm(use_running_average=False, bias_init=NORMAL, axis_name="i")
+    layer = bnjax.linen.BatchNorm(use_running_average=False, bias_init=between_signs, axis_name="i")
     eager = layer.init(KEY, x)
     if way == "eval_shape":
         variables = jax.eval_shape(layer.init, KEY, x)
@@ -385,8 +396,8 @@ def test_partitioning_metadata_survives():
 
     def run(layer):
         layer = layer(
-            scale_init=nn.with_partitioning(UNIFORM, ("model",)),
-            bias_init=nn.with_partitioning(NORMAL, ("model",)),
+            scale_init=nn.with_partitioning(around_one, ("model",)),
+            bias_init=nn.with_partitioning(between_signs, ("model",)),
             use_running_average=False,
         )
         variables = layer.init(KEY, x)
@@ -407,7 +418,7 @@ class Cell(nn.Module):
 
     @nn.compact
     def __call__(self, carry, x):
-        norm = self.layer(use_running_average=False, bias_init=NORMAL, scale_init=UNIFORM)
+        norm = self.layer(use_running_average=False, bias_init=between_signs, scale_init=around_one)
         return (jnp.tanh(norm(carry)), None) if self.carries else (carry, norm(x))
 
 
@@ -426,7 +437,7 @@ class InSetup(nn.Module):
     layer: type
 
     def setup(self):
-        self.norm = self.layer(use_running_average=False, bias_init=NORMAL)
+        self.norm = self.layer(use_running_average=False, bias_init=between_signs)
         self.norms = [self.layer(use_running_average=False, axis=i) for i in (1, 2)]
         self.calls = Calls(self.norm)
 
@@ -443,7 +454,7 @@ class Branches(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        norm = self.layer(use_running_average=False, bias_init=NORMAL)
+        norm = self.layer(use_running_average=False, bias_init=between_signs)
         if self.is_initializing():
             return norm(x)
         for taken in (jnp.max(x) > 0, jnp.max(x) < 0):
@@ -460,13 +471,13 @@ TRANSFORMS = {
     "remat": lambda layer: nn.remat(layer)(use_running_average=False),
     "vmap, a layer each": lambda layer: nn.vmap(
         layer, variable_axes=EACH, split_rngs={"params": True}
-    )(use_running_average=False, bias_init=NORMAL),
+    )(use_running_average=False, bias_init=between_signs),
     "vmap, statistics each": lambda layer: nn.vmap(
         layer, variable_axes={**EACH, "params": None}, split_rngs={"params": False}
-    )(use_running_average=False, bias_init=NORMAL),
+    )(use_running_average=False, bias_init=between_signs),
     "vmap, one layer": lambda layer: nn.vmap(
         layer, variable_axes=SHARED, split_rngs={"params": False}, axis_name="i"
-    )(use_running_average=False, bias_init=NORMAL, axis_name="i"),
+    )(use_running_average=False, bias_init=between_signs, axis_name="i"),
 }
 
 
