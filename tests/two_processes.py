@@ -2,6 +2,7 @@
 
     python two_processes.py table ADDRESS PROCESS FOLDER
     python two_processes.py train ADDRESS PROCESS FOLDER [KILLED STEP]
+    python two_processes.py both ADDRESS PROCESS FOLDER
 
 `table` takes one step of batch normalization with each of the inputs in FOLDER. `train` trains a
 network from the last checkpoint in FOLDER; after STEP steps the process KILLED kills itself.
@@ -151,5 +152,7 @@ def train(mesh, folder, killed=None, last_step=None):
 if __name__ == "__main__":
     task, address, process, folder, *killed = sys.argv[1:]
     mesh = start(address, int(process))
-    {"table": table, "train": train}[task](mesh, Path(folder).resolve(), *map(int, killed))
+    for name, do in (("table", table), ("train", train)):
+        if task in (name, "both"):
+            do(mesh, Path(folder).resolve(), *map(int, killed))
     jax.distributed.shutdown()
