@@ -11,7 +11,7 @@ import pytest
 import reference
 from checks import assert_refused
 from flax import nnx
-from implementations import every_layer, linen_layer, pull_back
+from implementations import every_layer, linen_layer, nnx_layer, pull_back
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -63,10 +63,18 @@ def assert_close(actual, expected, atol=1e-5):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("where", masks().values(), ids=masks().keys())
-@every_layer
-def test_each_part_is_normalized_by_itself_and_all_are_remembered(step, where):
+@pytest.mark.parametrize(
+    ("step", "mask"),
+    [
+        *((linen_layer, mask) for mask in masks()),
+        (nnx_layer, "no mask"),
+        (nnx_layer, "rows, one part empty"),
+    ],
+)
+def test_each_part_is_normalized_by_itself_and_all_are_remembered(step, mask):
+    """That both wings take every mask alike is tested of the layers."""
     x, dy, scale, bias = batch()
+    where = masks()[mask]
     f = jax.jit(functools.partial(pull_back, step, where=where, ghost_batch_size=4))
     out, grads = f(x, scale, bias, dy)
     y, expected = expect(x, dy, scale, bias, where, 4)
@@ -76,11 +84,17 @@ def test_each_part_is_normalized_by_itself_and_all_are_remembered(step, where):
     assert_close((out.mean, out.var), (m.mean, m.var))
 
 
+@functools.cache
+def step_of(step, size):
+    """Compiled: a step on one device, and its gradients."""
+    return jax.jit(functools.partial(pull_back, step, ghost_batch_size=size))
+
+
 @pytest.mark.parametrize("size", [1, 8])
 @every_layer
 def test_every_size_that_divides_the_batch(step, size):
     x, dy, scale, bias = batch()
-    out, grads = pull_back(step, x, scale, bias, dy, ghost_batch_size=size)
+    out, grads = step_of(step, size)(x, scale, bias, dy)
     y, expected = expect(x, dy, scale, bias, None, size)
     assert_close(out.y, y)
     assert_close(grads, expected, atol=1e-4)
@@ -91,10 +105,8 @@ def test_every_size_that_divides_the_batch(step, size):
 @every_layer
 def test_one_ghost_batch_is_the_plain_layer(step):
     x, dy, scale, bias = batch()
-    plain = pull_back(step, x, scale, bias, dy)
-    chex.assert_trees_all_close(
-        pull_back(step, x, scale, bias, dy, ghost_batch_size=24), plain, rtol=1e-6, atol=1e-6
-    )
+    one, plain = (step_of(step, size)(x, scale, bias, dy) for size in (24, None))
+    chex.assert_trees_all_close(one, plain, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("pivot", ["batch", "running"])
@@ -163,16 +175,17 @@ def test_replicas_equal_one_device(step, transform):
         return step(x, scale, bias, where=where, ghost_batch_size=2, axis_name=axis_name)
 
     replicas = transform(functools.partial(f, axis_name="i"), axis_name="i")
-    out = replicas(x.reshape(8, 4, 3, 5), where.reshape(8, 4, 1, 1))
+    replicas = replicas if transform is jax.pmap else jax.jit(replicas)
+    out = jax.tree.map(np.asarray, replicas(x.reshape(8, 4, 3, 5), where.reshape(8, 4, 1, 1)))
     parts = out._replace(y=out.y.reshape(x.shape), mean=out.mean[3], var=out.var[3])
-    chex.assert_trees_all_close(parts, f(x, where), rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(parts, jax.jit(f)(x, where), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
 @every_layer
 def test_shard_map_equals_one_device(step, check_vma):
     x, _, scale, bias = batch(rows=32)
-    whole = step(x, scale, bias, ghost_batch_size=2)
+    whole = jax.jit(functools.partial(step, ghost_batch_size=2))(x, scale, bias)
     f = jax.shard_map(
         lambda x: step(x, scale, bias, ghost_batch_size=2, axis_name="i"),
         mesh=Mesh(np.array(jax.devices()), ("i",)),
@@ -207,13 +220,13 @@ def sharded_step(size, axis_type, rows=32):
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_sharded_batch_equals_one_device(size, axis_type):
     args, parts = sharded_step(size, axis_type)
-    whole = jax.jit(functools.partial(pull_back, linen_layer, ghost_batch_size=size))(*args)
+    whole = step_of(linen_layer, size)(*args)
     chex.assert_trees_all_close(parts, jax.tree.map(np.asarray, whole), rtol=1e-5, atol=1e-5)
 
 
 def test_across_the_shards_of_an_automatic_mesh():
     args, parts = sharded_step(16, AxisType.Auto)
-    whole = pull_back(linen_layer, *args, ghost_batch_size=16)
+    whole = step_of(linen_layer, 16)(*args)
     chex.assert_trees_all_close(parts, jax.tree.map(np.asarray, whole), rtol=1e-5, atol=1e-5)
 
 
@@ -389,11 +402,11 @@ def any_size(size, f, shape):
     return jax.export.export(jax.jit(f))(x)
 
 
-@every_layer
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(("step", "size"), [(linen_layer, 1), (linen_layer, 4), (nnx_layer, 4)])
 def test_a_free_number_of_ghost_batches(step, size):
     x, _, scale, bias = batch()
 
+    @jax.jit
     def f(x):
         return step(x, scale, bias, ghost_batch_size=size)
 
