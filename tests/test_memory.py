@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 from hlo import loops_over, split_branches
-from implementations import every_implementation
+from implementations import IMPLEMENTATIONS, every_implementation
 from jax import lax
-from samples import normal
+from samples import every_pair, normal
 
 import bnjax
 
 FEATURES = 8
 SUM = re.compile(r"= f32\S* reduce\(")
 VECTORS = 16 * FEATURES * 4  # bytes of sixteen float32 vectors of the features: "O(features)"
-every_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+DTYPES = [jnp.float32, jnp.bfloat16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def array(shape, dtype=jnp.float32, seed=0):
@@ -36,20 +37,20 @@ def layer(step, where=None):
     return lambda x: step(x, ones, ones, where=where).y
 
 
-@every_dtype
-@pytest.mark.parametrize("jit", [False, True])
-@every_implementation
+@every_pair(step=IMPLEMENTATIONS.values(), jit=[False, True], dtype=DTYPES)
 def test_a_layer_keeps_its_input_and_vectors(step, jit, dtype):
     x = array((64, 16, FEATURES), dtype)
     f = jax.jit(layer(step)) if jit else layer(step)
     assert x.nbytes <= kept(f, x) <= x.nbytes + VECTORS
 
 
-@every_dtype
-@pytest.mark.parametrize("shape", [(64, 1, 1), (64, 16, 1), (64, 16, FEATURES)], ids=str)
-@every_implementation
+@every_pair(
+    step=IMPLEMENTATIONS.values(),
+    shape=[(64, 1, 1), (64, 16, 1), (64, 16, FEATURES)],
+    dtype=DTYPES,
+)
 def test_a_layer_keeps_a_mask_as_narrow_as_it_came(step, shape, dtype):
-    x, where = array((64, 16, FEATURES), dtype), array(shape, seed=1) > 0
+    x, where = array((64, 16, FEATURES), dtype), jnp.asarray(normal(shape, seed=1) > 0)
 
     def f(x, where):
         return layer(step, where)(x)
@@ -149,11 +150,10 @@ def test_the_backward_pass_repeats_no_reduction_over_the_batch(step):
     assert counts("nothing")[0] > reductions
 
 
-@pytest.mark.parametrize("policy", ["plain", "ours"])
-@pytest.mark.parametrize(("pivot", "forward"), [("batch", 3), ("running", 2)])
-@every_implementation
-def test_the_compiled_program_makes_few_reductions(step, pivot, forward, policy):
+@every_pair(step=IMPLEMENTATIONS.values(), pivot=["batch", "running"], policy=["plain", "ours"])
+def test_the_compiled_program_makes_few_reductions(step, pivot, policy):
     """Forward the pivot (unless the running mean is it), the mean and the variance; back two."""
+    forward = {"batch": 3, "running": 2}[pivot]
     f, inputs = gradient(functools.partial(step, pivot=pivot), policy)
     program = jax.jit(f).lower(*inputs).compile().as_text()
     taken, branches = split_branches(program)

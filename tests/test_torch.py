@@ -10,6 +10,7 @@ import pytest
 import reference
 from checks import assert_refused
 from flax import nnx
+from samples import every_pair
 
 import bnjax
 import bnjax.linen
@@ -163,9 +164,14 @@ def of_nnx(settings, params, batch_stats):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("make", [of_linen, of_nnx])
-@pytest.mark.parametrize(("kind", "momentum", "affine", "tracks"), RUNS)
-def test_a_pytorch_run_goes_on(make, kind, momentum, affine, tracks):
+@every_pair(
+    make=[of_linen, of_nnx],
+    kind=SHAPES,
+    remembers=[(0.1, True), (0.1, False), (None, True)],
+    affine=[True, False],
+)
+def test_a_pytorch_run_goes_on(make, kind, remembers, affine):
+    momentum, tracks = remembers
     oracle = Documented(SHAPES[kind], momentum, affine, tracks)
     settings, params, batch_stats = loaded(oracle.state, momentum)
     call, keep = make(settings, params, batch_stats)
