@@ -177,6 +177,33 @@ def test_derivatives_with_a_scale_and_bias_for_each_example():
             check_grads(f, (x, scale, bias), order=2, modes=[mode])
 
 
+def complex_loss(real, imag):
+    y, _ = bnjax.batch_norm(jax.lax.complex(real, imag), where=WEIGHTS)
+    return jnp.sum(jnp.abs(y + 2) ** 3)
+
+
+def loss_with_a_scale_for_each_example(x, scale):
+    return jnp.sum(jnp.sin(bnjax.batch_norm(x, scale, x[:, :1])[0]))
+
+
+@pytest.mark.parametrize("loss", [complex_loss, loss_with_a_scale_for_each_example])
+def test_products_with_the_hessian_are_the_same_in_both_modes(loss):
+    """Forward over reverse, and reverse over reverse."""
+    with jax.enable_x64(True):
+        args = normal((5, 2), 1, dtype=np.float64), normal((5, 2), seed=1, dtype=np.float64)
+        vs = normal((5, 2), seed=2, dtype=np.float64), normal((5, 2), seed=3, dtype=np.float64)
+        gradient = jax.grad(loss, (0, 1))
+
+        def along(*args):
+            return sum(map(jnp.vdot, gradient(*args), vs))
+
+        forward = jax.jit(lambda: jax.jvp(gradient, args, vs)[1])()
+        reverse = jax.jit(jax.grad(along, (0, 1)))(*args)
+        for ours, theirs in zip(forward, reverse, strict=True):
+            assert np.abs(theirs).max() > 0.1
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_gradients_flow_through_the_returned_moments(weighted):
     """d mean / dx = w / n and d var / dx = 2 w (x - mean) / n."""
