@@ -1,10 +1,13 @@
 """Two layers of batch normalization in a small network, in linen and in NNX, with one interface."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from samples import kernel
 
 import bnjax
 import bnjax.linen
@@ -19,7 +22,7 @@ class LinenNetwork(nn.Module):
     @nn.compact
     def __call__(self, x, train=True, mask=None):
         for _ in range(2):
-            x = nn.Dense(4)(nn.relu(x))
+            x = nn.Dense(4, kernel_init=kernel)(nn.relu(x))
             x = bnjax.linen.BatchNorm(not train, **self.fields)(x, mask=mask)
         return x
 
@@ -29,7 +32,8 @@ class NNXNetwork(nnx.Module):
 
     def __init__(self, fields):
         rngs = nnx.Rngs(0)
-        self.dense = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)])
+        linear = functools.partial(nnx.Linear, kernel_init=kernel, rngs=rngs)
+        self.dense = nnx.List([linear(3, 4), linear(4, 4)])
         self.norm = nnx.List([bnjax.nnx.BatchNorm(4, rngs=rngs, **fields) for _ in range(2)])
 
     def __call__(self, x, mask=None):
@@ -43,7 +47,7 @@ class Linen:
 
     def __init__(self, **fields):
         self.network = LinenNetwork(fields)
-        variables = self.network.init(jax.random.key(0), jnp.ones((2, 3)))
+        variables = jax.jit(self.network.init)(jax.random.key(0), jnp.ones((2, 3)))
         self.params, self.stats = variables["params"], variables["batch_stats"]
 
     def measure(self, x, mask=None):
