@@ -401,7 +401,7 @@ def test_merged_statistics_keep_dtypes_and_steps():
     stats = {
         "mean": jnp.ones((4, 3), jnp.bfloat16),
         "var": jnp.ones((4, 3), jnp.bfloat16),
-        "steps": jnp.full(4, 7, jnp.int32),
+        "steps": jnp.array([7, 3, 7, 5], jnp.int32),  # of replicas that saw fewer batches
     }
     merged = bnjax.merge_stacked(stats)
     chex.assert_trees_all_equal(merged, jax.tree.map(lambda a: a[0], stats))
