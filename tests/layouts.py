@@ -42,12 +42,12 @@ def _whole(result):
 
 def _mapped(transform):
     @functools.cache
-    def program(masked, applied):
-        f = functools.partial(step, axis_name=AXIS, **dict(applied))
+    def program(masked, **applied):
+        f = functools.partial(step, axis_name=AXIS, **applied)
         return transform(f, in_axes=(0, 0, 0 if masked else None, None, None), axis_name=AXIS)
 
     def layout(x, dy, where, scale, bias, **applied):
-        f = program(where is not None, tuple(applied.items()))
+        f = program(where is not None, **applied)
         return _whole(f(*map(_shard, (x, dy, where)), scale, bias))
 
     return layout
@@ -55,9 +55,9 @@ def _mapped(transform):
 
 def _shard_map(check_vma):
     @functools.cache
-    def program(masked, applied):
+    def program(masked, **applied):
         def replica(x, dy, where, scale, bias):
-            y, dx, dscale, dbias, m = step(x, dy, where, scale, bias, AXIS, **dict(applied))
+            y, dx, dscale, dbias, m = step(x, dy, where, scale, bias, AXIS, **applied)
             if not check_vma:  # with the check JAX adds up the gradients of shared parameters
                 dscale, dbias = jax.lax.psum((dscale, dbias), AXIS)
             return y, dx, dscale, dbias, m
@@ -74,7 +74,7 @@ def _shard_map(check_vma):
         return jax.jit(f)
 
     def layout(x, dy, where, scale, bias, **applied):
-        f = program(where is not None, tuple(applied.items()))
+        f = program(where is not None, **applied)
         return f(x, dy, where, scale, bias)
 
     return layout
@@ -82,8 +82,8 @@ def _shard_map(check_vma):
 
 def _jit(axis_type):
     @functools.cache
-    def program(applied):
-        return jax.jit(functools.partial(step, **dict(applied)))
+    def program(**applied):
+        return jax.jit(functools.partial(step, **applied))
 
     def layout(x, dy, where, scale, bias, **applied):
         mesh = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(axis_type,))
@@ -91,7 +91,7 @@ def _jit(axis_type):
         shardings = over, over, None if where is None else over, whole, whole
         with jax.set_mesh(mesh):
             args = jax.tree.map(jax.device_put, (x, dy, where, scale, bias), shardings)
-            return program(tuple(applied.items()))(*args)
+            return program(**applied)(*args)
 
     return layout
 

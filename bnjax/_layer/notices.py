@@ -31,9 +31,9 @@ def warn_of_single_values(
     output: str, shape: Shape, axis: Axes, axis_name: AxisName | None = None, groups: Groups = None
 ) -> None:
     """Where a batch, or that of a group, has one value per feature, and what the output then is."""
-    replicas = 1 if axis_name is None else lax.psum(1, axis_name)
-    if axis_name is not None and groups is not None:
-        replicas = min(len(group) for group in groups)
+    replicas = 1
+    if axis_name is not None:
+        replicas = min(map(len, groups)) if groups else lax.psum(1, axis_name)
     _, reduced = split_axes(axis, shape)
     if math.prod(shape[i] for i in reduced) * replicas == 1:
         warn(
