@@ -24,7 +24,7 @@ from bnjax._arguments import (
 from bnjax._rounding import abs2, real_dtype
 from bnjax._statistic import AxisName, Groups, explained, from_sums, static_groups, static_name
 from bnjax._sums import Guess, Pivot, Program, sums
-from bnjax._xla import once, saved
+from bnjax._xla import saved
 
 
 class Moments(NamedTuple):
@@ -218,5 +218,4 @@ def _moments_of(
     c, slack = lax.stop_gradient((c, slack.astype(real) + jnp.finfo(real).tiny))
     count = _masks.count(x, w, features, program.reduced, real)
     c, s1, s2, count = saved(sums(program, x, c, w, count, slack))
-    s1, s2 = once(s2, s1, s2)
     return from_sums(Moments, c, s1, s2, count)

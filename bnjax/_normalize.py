@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _masks
@@ -25,7 +25,7 @@ from bnjax._arguments import (
 from bnjax._moments import Moments, moments
 from bnjax._rounding import near, real_dtype
 from bnjax._statistic import AxisName, Groups, check_statistic
-from bnjax._xla import once, recomputed
+from bnjax._xla import once, recomputed, rsqrt, value_once
 
 
 def affine(
@@ -65,13 +65,19 @@ def affine(
     dtype = promote(*(jnp.result_type(p) for p in given))
     check_epsilon(epsilon, dtype)
     real = real_dtype(dtype)
-    mul = lax.rsqrt(jnp.asarray(m.var, real) + jnp.asarray(epsilon, real)).astype(dtype)
-    if scale is not None:
-        mul = mul * jnp.asarray(scale, dtype)
-    add = -(jnp.asarray(m.mean, dtype) + jnp.asarray(m.remainder, dtype)) * mul
-    if bias is not None:
-        add = add + jnp.asarray(bias, dtype)
-    return mul, add
+    mul = _factor(jnp.asarray(m.var, real), scale, epsilon, dtype)
+    m1 = jnp.asarray(m.mean, dtype) + jnp.asarray(m.remainder, dtype)
+    return mul, _offset(m1, mul, bias)
+
+
+def _factor(var: Array, scale: ArrayLike | None, epsilon: ArrayLike, dtype: DTypeLike) -> Array:
+    r = rsqrt(var + jnp.asarray(epsilon, var.dtype)).astype(dtype)
+    return r if scale is None else r * jnp.asarray(scale, dtype)
+
+
+def _offset(m1: Array, mul: Array, bias: ArrayLike | None) -> Array:
+    add = -m1 * mul
+    return add if bias is None else add + jnp.asarray(bias, mul.dtype)
 
 
 def normalize(
@@ -144,18 +150,20 @@ def _normalized(
     reduced: Shape,
     dtype: DTypeLike,
 ) -> Array:
-    dtypes = [p.dtype for p in (x, scale, bias) if p is not None]
-    mean = jnp.asarray(m.mean, promote(jnp.result_type(m.mean), *dtypes))
-    c = near(mean)
-    ranked = functools.partial(expand, ndim=x.ndim, reduced=reduced)
+    kind = promote(jnp.result_type(m.mean), *(p.dtype for p in (x, scale, bias) if p is not None))
+    mean, var = jnp.asarray(m.mean, kind), jnp.asarray(m.var, real_dtype(kind))
     rest = jnp.broadcast_to(m.remainder, mean.shape)
-    about_c = Moments(ranked(mean - c), ranked(m.var), remainder=ranked(rest))
-    scale, bias = (None if p is None else ranked(p) for p in (scale, bias))
-    mul, add = affine(about_c, scale, bias, epsilon=epsilon)
-    if mul.shape == add.shape == about_c.var.shape:
-        mul, add = once(about_c.var, mul, add)
-    shift = None if w is None else about_c.mean + about_c.remainder
-    return (_scaled(x, ranked(c), mul, w, shift) + add).astype(dtype)
+    ranked = functools.partial(expand, ndim=x.ndim, reduced=reduced)
+    if any(p is not None and p.ndim > mean.ndim for p in (scale, bias)):
+        mean, var, rest = map(ranked, (mean, var, rest))
+        scale, bias = (None if p is None else ranked(p) for p in (scale, bias))
+    c = near(mean)
+    m1 = (mean - c) + rest
+    mul = value_once(var, _factor(var, scale, epsilon, kind))
+    add = value_once(var, _offset(m1, mul, bias))
+    (c,) = once(var, c)
+    c, m1, mul, add = map(ranked, (c, m1, mul, add))
+    return (_scaled(x, c, mul, w, None if w is None else m1) + add).astype(dtype)
 
 
 @recomputed

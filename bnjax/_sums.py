@@ -4,12 +4,13 @@ With weights w (1 without a mask) and a pivot c, a constant near the mean:
 
   s1 = sum(w (x - c)),  s2 = sum(w |x - c|^2)
 
-| pivot | TPU, CPU | GPU |
-|---|---|---|
-| "batch" | the mean | a sample's mean for unmasked feature maps, else the mean |
-| "running" | the given one, guarded | the same |
-| "auto" | the given one, guarded | as "batch"; with an axis name as "running" |
+| pivot | TPU | CPU | GPU |
+|---|---|---|---|
+| "batch" | the mean | the mean | a sample's mean, else the mean |
+| "running" | the given one, guarded | as on a TPU | as on a TPU |
+| "auto" | the given one, guarded | a sample's mean, else the given one, guarded | as "batch" |
 
+With an axis name "auto" is "running" everywhere. A sample is of unmasked feature maps only.
 Guarded: where the sums show that the given pivot was too far from the mean, a branch measures
 again about the batch's mean. Autodiff of a branch would write zeros as large as x, so the pair of
 sums has a derivative rule: the derivative about the pivot that was chosen. It is linear in the
@@ -19,7 +20,7 @@ tangents and itself differentiated.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,14 @@ from bnjax import _masks
 from bnjax._arguments import Shape
 from bnjax._rounding import abs2, near
 from bnjax._statistic import AxisName, Groups, psum
-from bnjax._xla import apart, derivative, moving_of, per_backend, saved, sharded_axes, varies
+from bnjax._xla import apart, derivative, moving_of, once, per_backend, saved, sharded_axes, varies
 
 FAR = 2.0  # variances; a mean farther from the pivot would cost the variance digits
 
 Pivot = Literal["auto", "batch", "running"]
 Sums = tuple[Array, Array, Array, Array]  # the pivot, s1, s2 and the count
-Both = Callable[[Array, Array, Array | None, Shape], tuple[Array, Array]]
+# Of x, c, w and the reduced axes: the pivot as it was used, s1 and s2.
+Both = Callable[[Array, Array, Array | None, Shape], tuple[Array, Array, Array]]
 
 
 class Guess(NamedTuple):
@@ -83,9 +85,10 @@ def sums(
         w,
         count,
         slack,
-        cpu=functools.partial(measure, _apart),
-        gpu=functools.partial(measure, _staged, samples=True),
-        tpu=functools.partial(measure, _together),
+        cpu=functools.partial(measure, _apart, near, samples=("auto",)),
+        gpu=functools.partial(measure, _staged, near, samples=get_args(Pivot), guards=False),
+        # There a pivot that is computed is a kernel more, whoever gives it.
+        tpu=functools.partial(measure, _together, lax.optimization_barrier),
     )
 
 
@@ -96,10 +99,11 @@ def _rule(program: Program, primals: Any, tangents: Any) -> Any:
     dcount = moving.pop(3, jnp.zeros_like(count))
 
     def pair(x: Array, c: Array, w: Array | None) -> tuple[Array, Array]:
-        return _together(x, c, w, program.reduced)
+        return _together(x, c, w, program.reduced)[1:]
 
     d1, d2 = derivative(pair, (x, c, w), moving)
-    return (c, s1, s2, count), (jnp.zeros_like(c), *program.shared(d1, d2, dcount))
+    d1, d2, dcount = program.shared(d1, d2, dcount)
+    return (c, s1, s2, count), (jnp.zeros_like(c), *once(s2, d1, d2), dcount)
 
 
 sums.defjvp(_rule, symbolic_zeros=True)
@@ -107,19 +111,19 @@ sums.defjvp(_rule, symbolic_zeros=True)
 
 def _together(
     x: Array, c: Array, w: Array | None, reduced: Shape, kept: Shape = ()
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     d = _masks.hide(x.astype(c.dtype) - lax.expand_dims(c, (*kept, *reduced)), w)
     weighted = _masks.weigh(d, w)
-    return jnp.sum(weighted, reduced), jnp.sum(jnp.real(weighted * jnp.conj(d)), reduced)
+    return c, jnp.sum(weighted, reduced), jnp.sum(jnp.real(weighted * jnp.conj(d)), reduced)
 
 
-def _apart(x: Array, c: Array, w: Array | None, reduced: Shape) -> tuple[Array, Array]:
+def _apart(x: Array, c: Array, w: Array | None, reduced: Shape) -> tuple[Array, Array, Array]:
     """The same for XLA's CPU backend, which writes out a difference that two sums share."""
     c1, c2 = apart(c)
-    return _together(x, c1, w, reduced)[0], _together(x, c2, w, reduced)[1]
+    return c1, _together(x, c1, w, reduced)[1], _together(x, c2, w, reduced)[2]
 
 
-def _staged(x: Array, c: Array, w: Array | None, reduced: Shape) -> tuple[Array, Array]:
+def _staged(x: Array, c: Array, w: Array | None, reduced: Shape) -> tuple[Array, Array, Array]:
     """The same for XLA's GPU backend, which writes x - c out where the sums have few terms.
 
     Cut into 32 parts each they have enough blocks to run in, and x - c stays inside of them.
@@ -139,45 +143,54 @@ def _staged(x: Array, c: Array, w: Array | None, reduced: Shape) -> tuple[Array,
 
     w = None if w is None else in_parts(w)
     partial = _together(in_parts(x), c, w, tuple(i + 1 for i in reduced), kept=(first,))
-    s1, s2 = lax.optimization_barrier(partial)
-    return jnp.sum(s1, first), jnp.sum(s2, first)
+    s1, s2 = lax.optimization_barrier(partial[1:])
+    return c, jnp.sum(s1, first), jnp.sum(s2, first)
 
 
 def _pivoted_sums(
     program: Program,
     both: Both,
+    hold: Callable[[Array], Array],
     x: Array,
     c: Array | None,
     w: Array | None,
     count: Array,
     slack: Array,
     *,
-    samples: bool = False,
+    samples: tuple[Pivot, ...] = (),
+    guards: bool = True,
 ) -> Sums:
+    sampled = program.pivot in samples and w is None
+    sample = _sample(x, program.reduced) if sampled else None
+
     def about(c: Array) -> Sums:
-        c = near(c)
-        s1, s2, n = program.shared(*both(x, c, w, program.reduced), count)
+        c, *pair = both(x, c, w, program.reduced)
+        s1, s2, n = program.shared(*pair, count)
         return c, s1, s2, n
 
     def about_mean(like: ArrayLike = 0.0) -> Sums:
         part, n = x, count
-        if samples and w is None and (places := _sample(x, program.reduced)):
-            part = x[places]
+        if sample is not None:
+            part = x[sample]
             n = _masks.count(part, None, (), program.reduced, count.dtype)
         s, n = program.shared(_masks.weighted_sum(part, w, program.reduced), n)
-        return about(s / _masks.divisor(n).astype(s.dtype) + like)
+        return about(near(s / _masks.divisor(n).astype(s.dtype) + like))
 
-    alone = program.axis_name is None
-    if c is None or program.pivot == "batch" or (program.pivot == "auto" and samples and alone):
+    if c is None or program.pivot == "batch":
         return about_mean()
-    c = jnp.where(jnp.isfinite(c), c, 0)
+    if program.pivot == "auto" and program.axis_name is None and (sample or not guards):
+        return about_mean()
+    if w is not None:  # else what is not finite makes the guard fire
+        c = jnp.where(jnp.isfinite(c), c, 0)
+    c = hold(c)
     if sharded_axes(x):  # make c lie as the sums do
         c = c + jnp.sum(jnp.zeros_like(x, c.dtype), program.reduced)
     c, s1, s2, n = about(c)
     far = _is_far(s1, s2, n, slack)
 
     def again(c: Array, *_: Array) -> tuple[Array, Array, Array]:
-        return about_mean(like=c - c)[:3]  # of c's type, whatever axes that varies over
+        zero = jnp.where(c == c, 0.0, 0.0)  # of c's type, whatever axes that varies over
+        return about_mean(like=zero)[:3]
 
     def as_given(c: Array, s1: Array, s2: Array) -> tuple[Array, Array, Array]:
         # s1 is finite here; a shared pivot must vary as the sums of replicas of their own do.

@@ -3,6 +3,8 @@
 | trick | backend | why | test |
 |---|---|---|---|
 | `once` | CPU, from JAX 0.10 | loops over elements repeat arithmetic on features | test_memory |
+| `value_once` | CPU, from JAX 0.10 | the same, and its cotangent needs no kernel | test_memory |
+| `rsqrt` | all | a quotient in its derivative is one kernel more | test_memory |
 | `apart` | CPU, from JAX 0.10 | a difference that two sums share is written out | test_memory |
 | `recomputed`, `derivative` | TPU, GPU | a checkpoint has barriers on cotangents | test_compiled |
 | their barrier | CPU, from JAX 0.10 | x - c of the forward pass would be kept | test_memory |
@@ -45,12 +47,11 @@ def per_backend(
 
 
 def once(given: Array, *vs: Array) -> tuple[Array, ...]:
-    """vs, computed once for each feature and not again for each element.
+    """vs, computed once for each feature and not again for each element; so are their tangents.
 
     XLA's CPU backend copies cheap arithmetic on features into its loops over all elements, where
     it can cost more than reading x (tests/bench/NOTES.md). A division is too dear for that. By
-    a one that XLA cannot see (two where `given` is NaN) it is exact, and remains a division, as
-    does its derivative's.
+    a one that XLA cannot see (two where `given` is NaN) it is exact.
     """
     if jax.__version_info__ < (0, 10):  # the saving policy would pay for it with memory
         return vs
@@ -62,6 +63,20 @@ def once(given: Array, *vs: Array) -> tuple[Array, ...]:
     return tuple(v if jnp.iscomplexobj(v) else v / ones for v in vs)
 
 
+@jax.custom_jvp
+def value_once(given: Array, v: Array) -> Array:
+    """The same for v alone: its cotangent is a sum over all elements, which lies in memory.
+
+    What has not the shape of `given`, because of a scale for each example, is left.
+    """
+    return once(given, v)[0] if v.shape == given.shape else v
+
+
+@value_once.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return value_once(*primals), tangents[1]
+
+
 def apart(c: Array) -> tuple[Array, Array]:
     """c twice, which XLA does not see to be the same, and computed once for each feature.
 
@@ -71,6 +86,18 @@ def apart(c: Array) -> tuple[Array, Array]:
         return c, c
     ones = lax.optimization_barrier(jnp.ones((2, *c.shape), c.dtype))
     return c / ones[0], c / ones[1]
+
+
+@jax.custom_jvp
+def rsqrt(v: Array) -> Array:
+    """1 / sqrt(v), with the derivative as a product, -r^3 / 2: JAX's has a quotient."""
+    return lax.rsqrt(v)
+
+
+@rsqrt.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    r = rsqrt(*primals)
+    return r, -0.5 * tangents[0] * r * r * r
 
 
 def recomputed(f: Callable[..., Any]) -> Callable[..., Any]:

@@ -31,6 +31,8 @@ MUTATIONS = [
     ("((a - by) - (high - by)) + b", "0 * b", "moments ema"),
     ("v if jnp.iscomplexobj(v) else v / ones for v in vs", "v for v in vs", "memory"),
     ("return c / ones[0], c / ones[1]", "return c, c", "memory"),
+    ("(*primals), tangents[1]", "(*primals), once(primals[0], tangents[1])[0]", "memory"),
+    ("-0.5 * tangents[0] * r * r * r", "-0.5 * tangents[0] * r / primals[0]", "memory"),
     (">= jnp.finfo(given.dtype).min", ">= 0", "normalize"),
     ("return lax.optimization_barrier((x, c))", "return x, c", "memory"),
     ("checkpoint_name(a, MOMENTS_NAME)", "a", "memory"),
@@ -38,6 +40,8 @@ MUTATIONS = [
     # Pivots
     ("FAR = 2.0", "FAR = 1e30", "moments normalize"),
     ("c = jnp.where(jnp.isfinite(c), c, 0)", "c = c + 0", "sums"),
+    ("zero = jnp.where(c == c, 0.0, 0.0)", "zero = c - c", "sums"),
+    ('samples=("auto",)', "samples=()", "memory"),
     # Merging
     ("(1 - share) * a.shift(delta, change)", "0 * change", "moments"),
     (" + (small.remainder - large.remainder)", "", "moments"),
@@ -51,7 +55,7 @@ MUTATIONS = [
     ("(new.mean - old.mean) + (new.remainder - old.remainder)", "new.mean - old.mean", "ema"),
     ("jnp.any(m.count > 0).astype(steps.dtype)", "jnp.ones_like(steps)", "trees"),
     # Applying
-    ("about_c = Moments(ranked(mean - c),", "about_c = Moments(0 * ranked(c),", "normalize"),
+    ("m1 = (mean - c) + rest", "m1 = rest", "normalize"),
     ("rest = jnp.broadcast_to(m.remainder, mean.shape)\n", "rest = 0 * mean\n", "normalize"),
     ("@recomputed\ndef _scaled", "def _scaled", "memory"),
     ("(old.var + epsilon)), 1 / r_max,", "(old.var + epsilon)), 0,", "renorm"),

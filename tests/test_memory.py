@@ -3,16 +3,19 @@
 import functools
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 from hlo import loops_over, split_branches
 from implementations import IMPLEMENTATIONS, every_implementation
 from jax import lax
 from samples import every_pair, normal
 
 import bnjax
+import bnjax.linen
 
 FEATURES = 8
 SUM = re.compile(r"= f32\S* reduce\(")
@@ -197,6 +200,46 @@ def test_loops_over_elements_repeat_no_arithmetic_on_features(step):
     assert operations <= 7
     assert arrays_back <= 6
     assert operations_back <= 7
+
+
+class Network(nn.Module):
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(3):
+            x = nn.relu(self.norm()(nn.Conv(24, (3, 3), use_bias=False)(x)))
+        return x
+
+
+def kernels(norm):
+    """Of a training step, compiled: its time to compile is in proportion."""
+    network, x = Network(norm), jax.ShapeDtypeStruct((8, 20, 20, 24), jnp.float32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), x)
+
+    def step(params, stats, x):
+        def loss(params):
+            variables = {"params": params, "batch_stats": stats}
+            y, updated = network.apply(variables, x, mutable=["batch_stats"])
+            return jnp.sum(y**2), updated
+
+        (value, updated), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return value, updated, jax.tree.map(lambda p, d: p - 0.1 * d, params, grads)
+
+    compiled = (
+        jax.jit(step, donate_argnums=(0, 1))
+        .lower(variables["params"], variables["batch_stats"], x)
+        .compile()
+    )
+    return compiled.as_text().count(" fusion(")
+
+
+@pytest.mark.parametrize(("pivot", "more"), [("batch", 13), ("auto", 16), ("running", 31)])
+def test_three_layers_compile_to_few_kernels_more_than_flaxs(pivot, more):
+    """A sample is a kernel more for each layer, a branch five or six."""
+    ours = functools.partial(bnjax.linen.BatchNorm, use_running_average=False, pivot=pivot)
+    flaxs = functools.partial(nn.BatchNorm, use_running_average=False)
+    assert kernels(ours) - kernels(flaxs) <= more
 
 
 @every_implementation

@@ -97,6 +97,16 @@ def test_masks_and_weights(backend):
         assert_exact(step, x, dy, where, running)
 
 
+def test_a_feature_without_a_valid_value_and_nan_in_its_state(backend):
+    """It is what evaluation with a mean of zero and a variance of one would give."""
+    where, x = np.ones((12, 5), bool), normal((12, 5))
+    where[:, 2] = False
+    running = np.where(where[0], 0, np.nan).astype(np.float32), np.ones(5, np.float32)
+    step = programs(linen_layer, 5, pivot="running")
+    for y in (step[0](x, normal((12, 5)), where, running)[0], step[1](x, x, where, running)):
+        np.testing.assert_allclose(y[:, 2], x[:, 2] / np.sqrt(1 + 1e-5), rtol=1e-6)
+
+
 def test_one_feature_far_among_many_near(backend):
     x = normal((32, 20))
     x[:, 3] += 1e5
