@@ -55,7 +55,8 @@ class BatchNorm(Base[Moments]):
         bits, not the accuracy. "running": the running mean, with a guard: a batch whose mean
         is farther than 1.4 standard deviations from it is measured again about its own.
         "batch": the batch's own mean, with no branch in the program. "auto": "running", but
-        without an `axis_name` "batch" on a GPU. Replicas that share by an `axis_name` must
+        without an `axis_name` "batch" on a GPU, and on a CPU, for unmasked feature maps, the
+        mean over a sixteenth of the positions. Replicas that share by an `axis_name` must
         hold one running mean: after training apart, `bnjax.merge_stacked` first, or "batch".
       debias: whether the average forgets the zeros and ones that it started with, as in `ema`.
       ddof: 1 to remember the unbiased variance, as PyTorch does.
