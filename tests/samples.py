@@ -1,7 +1,6 @@
 """Inputs that several files draw: normal data, and rows of settings that cover all pairs."""
 
 import functools
-import itertools
 import math
 import random
 
@@ -52,27 +51,32 @@ def fresh(features=3):
 
 
 def covering(**fields):
-    """Rows of field values such that any two values of two fields meet in a row."""
-    draw, covered = random.Random(0), []
-    choices = [range(len(values)) for values in fields.values()]
+    """Rows of field values such that any two values of two fields meet in a row.
 
-    def pairs(row):
-        return set(itertools.combinations(enumerate(row), 2))
+    As few as a hundred tries find: most rows are programs.
+    """
+    sizes = [len(values) for values in fields.values()]
+    rows = min((_greedy_rows(sizes, random.Random(seed)) for seed in range(100)), key=len)
+    return [{name: fields[name][k] for name, k in zip(fields, row, strict=True)} for row in rows]
 
-    missing = {
-        pair
-        for (i, a), (j, b) in itertools.combinations(enumerate(choices), 2)
-        for pair in itertools.product([(i, k) for k in a], [(j, k) for k in b])
-    }
-    while missing:
-        rows = [[draw.choice(c) for c in choices] for _ in range(30)]
-        for row in rows:
-            for field, value in min(missing):
-                row[field] = value
-        best = max(rows, key=lambda row: len(missing & pairs(row)))
-        missing -= pairs(best)
-        covered.append({name: fields[name][k] for name, k in zip(fields, best, strict=True)})
-    return covered
+
+def _greedy_rows(sizes, draw):
+    """Each row begins with the value that lacks most others, and takes those that lack it most."""
+    values = [(field, k) for field, size in enumerate(sizes) for k in range(size)]
+    lacks = {value: {other for other in values if other[0] != value[0]} for value in values}
+    rows = []
+    while any(lacks.values()):
+        row = [max(values, key=lambda value: (len(lacks[value]), draw.random()))]
+        others = [field for field in range(len(sizes)) if field != row[0][0]]
+        for field in draw.sample(others, len(others)):
+            fitting = [(field, k) for k in range(sizes[field])]
+            row.append(
+                max(fitting, key=lambda value: (len(lacks[value].intersection(row)), draw.random()))
+            )
+        for value in row:
+            lacks[value].difference_update(row)
+        rows.append([k for _, k in sorted(row)])
+    return rows
 
 
 def every_pair(**fields):

@@ -1,6 +1,7 @@
 """`DecorrelatedBatchNorm` of linen and NNX: variables, running statistics and trees of them."""
 
 import dataclasses
+import functools
 import pickle
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from checks import assert_refused, assert_same_bits
 from flax import nnx
+from samples import kernel
 from whitening import assert_covariances, correlated, covariance, transform, whitened
 
 import bnjax
@@ -121,7 +123,7 @@ def test_the_state_keeps_its_dtypes_through_a_scan():
     for dtype in (jnp.float32, jnp.bfloat16, jnp.complex64):
         x = jnp.asarray(batches(1)[0], dtype)
         layer = DecorrelatedBatchNorm(False, group_size=2, momentum=0.5)
-        variables = layer.init(jax.random.key(0), x)
+        variables = jax.jit(layer.init)(jax.random.key(0), x)
 
         def step(stats, _, layer=layer, variables=variables, x=x):
             y, after = train(layer, variables | {"batch_stats": stats}, x)
@@ -191,14 +193,16 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=True):
-        x = nn.Dense(4)(x)
+        x = nn.Dense(4, kernel_init=kernel)(x)
         x = nn.relu(DecorrelatedBatchNorm(not train, group_size=2, momentum=0.75)(x))
-        return BatchNorm(not train, momentum=0.75)(nn.Dense(3)(x))
+        return BatchNorm(not train, momentum=0.75)(nn.Dense(3, kernel_init=kernel)(x))
 
 
+@functools.cache
 def network():
+    """Of batches of 40 rows, and of 20."""
     net = Network()
-    variables = net.init(jax.random.key(0), batches(1)[0])
+    variables = jax.jit(net.init)(jax.random.key(0), batches(1)[0])
 
     @jax.jit
     def measure(x):
@@ -237,7 +241,8 @@ def test_a_second_call_merges():
 def test_recalibration_gives_the_moments_of_the_data_set():
     _, variables, measure = network()
     x = np.concatenate(batches(3))
-    stats = bnjax.recalibrate(measure, variables["batch_stats"], np.split(x, [50, 100]), ddof=1)
+    parts = np.split(x, [40, 80, 100])
+    stats = bnjax.recalibrate(measure, variables["batch_stats"], parts, ddof=1)
     hidden = x @ np.asarray(variables["params"]["Dense_0"]["kernel"])
     ours = stats["DecorrelatedBatchNorm_0"]
     np.testing.assert_allclose(ours["mean"], hidden.mean(0), atol=1e-5)
@@ -324,7 +329,8 @@ def test_recalibration_of_an_nnx_model():
         layer(x)
         return nnx.pop(layer, bnjax.nnx.BatchMoments)
 
-    stats = bnjax.recalibrate(measure, nnx.state(layer, nnx.BatchStat), np.split(x, [50, 100]))
+    parts = np.split(x, [40, 80, 100])
+    stats = bnjax.recalibrate(measure, nnx.state(layer, nnx.BatchStat), parts)
     nnx.update(layer, stats)
     np.testing.assert_allclose(layer.mean[...], x.mean(0), atol=1e-5)
     np.testing.assert_allclose(layer.cov[...], covariance(x, 2), rtol=1e-4, atol=1e-5)

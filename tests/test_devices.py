@@ -54,7 +54,7 @@ def test_all_reduces_of_a_layer(pivot, forward, axis_name):
     mesh = mesh_of(jax.devices())
     counts = [
         count_collectives(compile_sharded(Chain(layers, pivot, axis_name), mesh, forward_only=True))
-        for layers in (2, 3)
+        for layers in (1, 2)
     ]
     # A guard that fires takes two more, in a branch. The last layer's value is used nowhere but
     # in the loss, which costs one more all-reduce in plain jit: the difference is one layer's.
@@ -65,28 +65,24 @@ def test_all_reduces_of_a_layer(pivot, forward, axis_name):
 @every_pair(pivot=["batch", "running"], saving=[False, True], axis_name=[None, layouts.AXIS])
 def test_all_reduces_of_a_step_grow_linearly(pivot, saving, axis_name):
     per_layer = {"batch": 3, "running": 2}[pivot]
-    many = 16 if saving and pivot == "batch" else 4
+    many = {"batch": 16, "running": 4}[pivot] if saving else 2
     mesh = mesh_of(jax.devices())
-    one, two, last = (
+    one, two, *deep = (
         count_collectives(compile_sharded(Chain(layers, pivot, axis_name, saving), mesh))
-        for layers in (1, 2, many)
+        for layers in sorted({1, 2, many})
     )
     # Two forward (or one) and one backward, in which plain jit adds up the parameters' gradients
     # too. A rematerialized block repeats none of them in the backward pass.
     assert two["all-reduce"] - one["all-reduce"] == per_layer
-    # In a deep network XLA joins a few of them.
-    assert last["all-reduce"] - one["all-reduce"] <= (many - 1) * per_layer
-    assert set(one) == set(two) == set(last) == {"all-reduce"}
+    for last in deep:  # In a deep network XLA joins a few of them.
+        assert last["all-reduce"] - one["all-reduce"] <= (many - 1) * per_layer
+        assert set(last) == {"all-reduce"}
+    assert set(one) == set(two) == {"all-reduce"}
 
 
 @pytest.mark.parametrize(
     ("by", "case"),
-    [
-        ("jit", "uneven mask"),
-        ("jit", "mask per feature"),
-        ("shard_map", "weights"),
-        ("shard_map", "mask per feature"),
-    ],
+    [("jit", "weights"), ("jit", "mask per feature"), ("shard_map", "mask per feature")],
 )
 def test_a_mask_costs_no_all_reduce(by, case):
     """The counts travel with the first sums."""
@@ -113,7 +109,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import jax
 from collectives import Chain, count_collectives, compile_sharded, mesh_of, reduced_numbers
-for devices in (8, 64, 256):
+for devices in (8, 256):
     mesh = mesh_of(jax.devices()[:devices])
     for axis_name in (None, {axis_name!r}):
         compiled = compile_sharded(Chain(3, "batch", axis_name), mesh)
@@ -129,9 +125,9 @@ def test_a_device_sends_as_much_among_256_as_among_8():
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 6
-    for eight, sixty_four, all_devices in (lines[::2], lines[1::2]):  # without a name, and with
-        assert eight == sixty_four == all_devices
+    assert len(lines) == 4
+    for eight, all_devices in (lines[::2], lines[1::2]):  # without a name, and with
+        assert eight == all_devices
         assert int(eight.split()[0]) >= 3 * 2 * 4  # mean, variance of 4 features, 3 layers
 
 

@@ -76,7 +76,7 @@ def test_fields_defaults_and_call_are_flaxs():
     covering(
         x_dtype=[jnp.float32, jnp.bfloat16, jnp.float16],
         given=["constructor", "call"],
-        axis=[-1, 1, -3, (-1, 1)],
+        axis=[-1, 1, (-1, 1)],
         momentum=[0.9, 0.0, 1.0],
         epsilon=[1e-5, 1e-2],
         dtype=[None, jnp.float32, jnp.bfloat16],

@@ -50,7 +50,7 @@ def test_the_moments_of_the_whole_data_set(ratio, masked, ddof):
 @each_network
 def test_a_second_pass_over_a_deep_network_changes_nothing(network):
     net = network(pivot="batch")  # about the running mean last bits depend on the state
-    batches = split(data(), 40, 40, 20)
+    batches = split(data(60), 40)
     net.stats = once = bnjax.recalibrate(jax.jit(net.measure), net.stats, batches)
     twice = bnjax.recalibrate(jax.jit(net.measure), net.stats, batches)
     chex.assert_trees_all_equal(once, twice)
@@ -61,8 +61,9 @@ def test_a_second_pass_over_a_deep_network_changes_nothing(network):
 @each_network
 def test_layers_get_what_their_own_inputs_have(network):
     net = network()
-    stats = bnjax.recalibrate(jax.jit(net.measure), net.stats, split(data(), 40, 40, 20))
-    m = net.measure(data())  # of the first layer: its input does not depend on the batches
+    measure, x = jax.jit(net.measure), data(60)
+    stats = bnjax.recalibrate(measure, net.stats, split(x, 40))
+    m = measure(x)  # of the first layer: its input does not depend on the batches
     first, _ = net.layers(stats)
     whole, _ = net.layers(bnjax.update_stats(net.stats, m, momentum=0.0))
     np.testing.assert_allclose(first["mean"], whole["mean"], rtol=2e-6, atol=1e-7)

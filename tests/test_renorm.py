@@ -14,6 +14,7 @@ import reference
 from checks import assert_refused, largest_error
 from flax import nnx
 from layouts import LAYOUTS
+from samples import between_signs
 
 import bnjax
 import bnjax.linen
@@ -472,7 +473,7 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        dense = functools.partial(nn.Dense, kernel_init=nn.initializers.uniform(0.5))
+        dense = functools.partial(nn.Dense, kernel_init=lambda *args: between_signs(*args) / 2)
         x = nn.relu(dense(8)(x))
         x = bnjax.linen.BatchRenorm(**FIELDS)(x, use_running_average=not train)
         return dense(1)(x)[..., 0]

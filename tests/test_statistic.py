@@ -371,31 +371,35 @@ def test_the_third_kind_is_remembered_recalibrated_and_merged_by_layers():
 # On an explicit mesh whose devices share the features
 
 
-@pytest.mark.parametrize("placed", [P(), P("features")], ids=str)
-@pytest.mark.parametrize("remainder", [False, True])
-def test_running_statistics_stay_where_they_lie(remainder, placed):
-    """A scan can carry them: their type is what it was, as their dtype is."""
-    mesh = jax.make_mesh((8,), ("features",), axis_types=(AxisType.Explicit,))
+@functools.cache
+def of_eight_features(remainder):
+    start = Moments.initial(8) if remainder else Moments(jnp.zeros(8), jnp.ones(8))
     x = normal((3, 16, 8), 1e3)
+    return start, x, jax.jit(run_of_averages)(start, x)
 
+
+def run_of_averages(start, x):
     def step(carry, x):
         running, stats = carry
         m = bnjax.moments(x)
         running = bnjax.ema(running, m, momentum=0.9)
         return (running, bnjax.update_stats(stats, m, momentum=0.9)), None
 
-    def run(start, x):
-        carry = start, {"mean": start.mean, "var": start.var}
-        return jax.lax.scan(step, carry, x)[0]
+    return jax.lax.scan(step, (start, {"mean": start.mean, "var": start.var}), x)[0]
 
-    start = Moments.initial(8) if remainder else Moments(jnp.zeros(8), jnp.ones(8))
-    expected = jax.jit(run)(start, x)
+
+@pytest.mark.parametrize("placed", [P(), P("features")], ids=str)
+@pytest.mark.parametrize("remainder", [False, True])
+def test_running_statistics_stay_where_they_lie(remainder, placed):
+    """A scan can carry them: their type is what it was, as their dtype is."""
+    mesh = jax.make_mesh((8,), ("features",), axis_types=(AxisType.Explicit,))
+    start, x, expected = of_eight_features(remainder)
     with jax.set_mesh(mesh):
         x = jax.device_put(x, NamedSharding(mesh, P(None, None, "features")))
         start = jax.tree.map(
             lambda p: jax.device_put(p, NamedSharding(mesh, placed if jnp.ndim(p) else P())), start
         )
-        after = jax.jit(run)(start, x)
+        after = jax.jit(run_of_averages)(start, x)
         assert jax.typeof(after[0].mean) == jax.typeof(start.mean)
         assert jax.typeof(after[1]["var"]) == jax.typeof(start.var)
     chex.assert_trees_all_close(jax.device_get(after), jax.device_get(expected), rtol=1e-6)

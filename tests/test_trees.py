@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from networks import NETWORKS, each_network
-from samples import fresh
+from samples import fresh, kernel
 
 import bnjax
 import bnjax.linen
@@ -276,7 +276,8 @@ def test_layers_that_flax_stacked(lift):
     class Layer(nn.Module):
         @nn.compact
         def __call__(self, x, _):
-            return bnjax.linen.BatchNorm(False, momentum=None, ddof=1)(nn.Dense(3)(x)), None
+            x = nn.Dense(3, kernel_init=kernel)(x)
+            return bnjax.linen.BatchNorm(False, momentum=None, ddof=1)(x), None
 
     axes = {"params": 0, "batch_stats": 0, "moments": 0}
     if lift == "scan":
@@ -285,9 +286,10 @@ def test_layers_that_flax_stacked(lift):
     else:
         stack = nn.vmap(Layer, variable_axes=axes, split_rngs={"params": True}, in_axes=(0, None))()
         x = jnp.stack([batch(), batch(seed=1)])
-    variables = stack.init(jax.random.key(0), x, None)
+    variables = jax.jit(stack.init)(jax.random.key(0), x, None)
     stats = variables["batch_stats"]
-    _, updates = stack.apply(variables, x, None, mutable=["moments", "batch_stats"])
+    apply = jax.jit(functools.partial(stack.apply, mutable=["moments", "batch_stats"]))
+    _, updates = apply(variables, x, None)
     m = updates["moments"]
     updated = bnjax.update_stats(stats, m, momentum=None, ddof=1)
     chex.assert_trees_all_close(updated, updates["batch_stats"], rtol=1e-6)
