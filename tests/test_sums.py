@@ -53,8 +53,11 @@ def assert_exact(step, x, dy, where=None, running=None):
     (y, dx), only_y, only_dx = (f(x, dy, where, running) for f in step)
     expected = reference.batch_norm(x, where=where)
     gradient = reference.gradient(x, dy, where=where).x
+    bound = np.full_like(expected, 2e-6)
+    if jax.__version_info__ < (0, 10):  # adds squares one by one: half the variance's 2e-6, times y
+        bound = np.maximum(bound, 1e-6 * np.abs(expected))
     for ours in (y, only_y):
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
+        np.testing.assert_array_less(np.abs(np.asarray(ours) - expected), bound)
     for ours in (dx, only_dx):
         np.testing.assert_allclose(ours, gradient, rtol=0, atol=5e-6 * np.abs(gradient).max())
 
