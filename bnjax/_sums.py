@@ -176,9 +176,9 @@ def _pivoted_sums(
         s, n = program.shared(_masks.weighted_sum(part, w, program.reduced), n)
         return about(near(s / _masks.divisor(n).astype(s.dtype) + like))
 
-    if c is None or program.pivot == "batch":
-        return about_mean()
-    if program.pivot == "auto" and program.axis_name is None and (sample or not guards):
+    alone = program.axis_name is None
+    unguarded = program.pivot == "auto" and alone and (sample is not None or not guards)
+    if c is None or program.pivot == "batch" or unguarded:
         return about_mean()
     if w is not None:  # else what is not finite makes the guard fire
         c = jnp.where(jnp.isfinite(c), c, 0)
