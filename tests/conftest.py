@@ -1,4 +1,10 @@
-"""Strict promotion, eight fake CPU devices, and what XLA compiles kept: set before JAX starts."""
+"""Strict promotion, eight fake CPU devices, and what XLA compiles kept: set before JAX starts.
+
+Most files ask what is computed, not how it is rounded, and LLVM need not optimize their machine
+code: XLA's passes are the same, and a program is compiled in three quarters of the time. A file
+with `pytestmark = pytest.mark.optimized` looks at the last digits, or trains, and gets the code
+that users get.
+"""
 
 import ctypes
 import os
@@ -22,8 +28,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def forget_a_files_programs():
-    """JAX keeps all that it compiled: a worker holds the programs of one file at a time."""
+def compile_as_marked(request):
+    """And JAX keeps all that it compiled: a worker holds the programs of one file at a time."""
+    optimized = request.node.get_closest_marker("optimized") is not None
+    jax.config.update("jax_disable_most_optimizations", not optimized)
     yield
     forget_programs()
 

@@ -12,6 +12,8 @@ import reference
 import bnjax
 import bnjax.linen
 
+pytestmark = pytest.mark.optimized
+
 CLASSES, FEATURES = 4, 3
 
 

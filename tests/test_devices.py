@@ -21,6 +21,8 @@ from samples import every_pair
 
 import bnjax
 
+pytestmark = pytest.mark.optimized
+
 KINDS = {  # cases of one kind are values of one program
     "no mask": 0,
     "uneven mask": 1,

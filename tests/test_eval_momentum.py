@@ -15,6 +15,8 @@ from samples import RATIOS, fresh
 
 import bnjax
 
+pytestmark = pytest.mark.optimized
+
 RUNNING = np.array([1.0, -2.0, 0.5], np.float32), np.array([2.0, 0.5, 1.0], np.float32)
 
 

@@ -39,6 +39,11 @@ def forget_fake_devices():
     os.environ.pop("XLA_FLAGS", None)
 
 
+def start_reader():
+    forget_fake_devices()
+    jax.config.update("jax_disable_most_optimizations", True)  # as in the other files
+
+
 @pytest.fixture(scope="module")
 def reader():
     """An interpreter without the strict settings and the fake devices of these tests.
@@ -46,7 +51,7 @@ def reader():
     One for all programs: to start JAX takes longer than most of them.
     """
     spawning = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawning, forget_fake_devices) as pool:
+    with ProcessPoolExecutor(1, spawning, start_reader) as pool:
         yield pool
 
 

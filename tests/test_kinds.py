@@ -13,6 +13,8 @@ import bnjax.linen
 import bnjax.nnx
 from bnjax._layer.recipe import BATCH_NORM
 
+pytestmark = pytest.mark.optimized
+
 X = np.asarray(well_scaled(1, (8, 3)))
 
 

@@ -14,6 +14,8 @@ from samples import RATIOS, ROWS, normal
 import bnjax
 from bnjax import Moments
 
+pytestmark = pytest.mark.optimized
+
 # Measure
 
 

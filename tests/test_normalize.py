@@ -17,6 +17,8 @@ from samples import RATIOS, ROWS, every_pair, normal
 import bnjax
 from bnjax import Moments
 
+pytestmark = pytest.mark.optimized
+
 # Accuracy
 
 

@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from implementations import IMPLEMENTATIONS, every_implementation, pull_back
 
+pytestmark = pytest.mark.optimized
+
 # The same examples in every run, no clock, and no shrinking.
 reproducible = settings(
     derandomize=True,

@@ -10,6 +10,8 @@ from samples import normal
 import bnjax
 import bnjax.linen
 
+pytestmark = pytest.mark.optimized
+
 ROWS = [12, 4099]
 
 

@@ -7,6 +7,8 @@ from search import Case
 
 from bnjax import _xla
 
+pytestmark = pytest.mark.optimized
+
 # Where JAX 0.8 forms a mean twice, an ulp apart, unless its quotient is rounded first.
 TWO_MEANS = [
     Case("nnx, running", "jit", ("dx", "m"), rows=42, features=46, replicas=1, seed=19),
@@ -15,7 +17,7 @@ TWO_MEANS = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "programs"), [(None, 20), ("gpu", 8), ("tpu", 8)])
+@pytest.mark.parametrize(("backend", "programs"), [(None, 14), ("gpu", 6), ("tpu", 6)])
 def test_none_of_these_programs_is_beyond_a_bound(backend, programs, monkeypatch):
     """The same ones in every run. By the programs that run here, and by other backends'."""
     monkeypatch.setattr(_xla, "forced", None)

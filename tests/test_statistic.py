@@ -17,6 +17,8 @@ from samples import normal
 import bnjax
 from bnjax import CovMoments, Moments, _trees
 
+pytestmark = pytest.mark.optimized
+
 
 class Shared(NamedTuple):
     """Means, and one variance for all features, as layers with one scale would keep it."""

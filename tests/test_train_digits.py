@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.optimized
+
 SCRIPT = Path(__file__).parents[1] / "notebooks" / "train_digits.py"
 ROW = re.compile(r"(with BatchNorm|plain) +([\d.]+) +([\d.]+)% +(\d+|never)")
 

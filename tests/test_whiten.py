@@ -25,6 +25,8 @@ from whitening import (
 import bnjax
 import bnjax.linen
 
+pytestmark = pytest.mark.optimized
+
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
