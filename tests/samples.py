@@ -53,10 +53,10 @@ def fresh(features=3):
 def covering(**fields):
     """Rows of field values such that any two values of two fields meet in a row.
 
-    As few as a hundred tries find: most rows are programs.
+    As few as thirty tries find: most rows are programs.
     """
     sizes = [len(values) for values in fields.values()]
-    rows = min((_greedy_rows(sizes, random.Random(seed)) for seed in range(100)), key=len)
+    rows = min((_greedy_rows(sizes, random.Random(seed)) for seed in range(30)), key=len)
     return [{name: fields[name][k] for name, k in zip(fields, row, strict=True)} for row in rows]
 
 

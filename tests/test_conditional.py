@@ -12,8 +12,6 @@ import reference
 import bnjax
 import bnjax.linen
 
-pytestmark = pytest.mark.optimized
-
 CLASSES, FEATURES = 4, 3
 
 

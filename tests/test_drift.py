@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from networks import each_network
-from scipy import integrate, stats
 
 import bnjax
 
@@ -21,6 +20,8 @@ def running(mean=0.0, var=1.0):
 @pytest.mark.parametrize(("mean", "var"), [(0.0, 1.0), (0.5, 1.0), (0.0, 9.0), (-1.0, 0.2)])
 def test_the_divergence_is_the_integral_of_the_definition(mean, var):
     """E log p/q under p, integrated numerically, for normal distributions p and q."""
+    from scipy import integrate, stats  # a second to import
+
     d = bnjax.drift(running(mean, var), bnjax.moments(X), epsilon=1e-12)["(the network itself)"]
     for feature in range(3):
         column = X[:, feature].astype(float)

@@ -17,8 +17,6 @@ from samples import every_pair, normal
 import bnjax
 import bnjax.linen
 
-pytestmark = pytest.mark.optimized
-
 FEATURES = 8
 SUM = re.compile(r"= f32\S* reduce\(")
 VECTORS = 16 * FEATURES * 4  # bytes of sixteen float32 vectors of the features: "O(features)"

@@ -19,7 +19,6 @@ import layouts
 import numpy as np
 import pytest
 from layouts import SETTINGS, assert_is_whole_batch
-from sklearn.datasets import load_digits
 
 WORKER = Path(__file__).with_name("two_processes.py")
 CASES = ("no mask", "uneven mask", "one replica masked", "weights")
@@ -56,6 +55,8 @@ def run(task, folder, killed=None, last_step=None):
 
 
 def put_digits(folder):
+    from sklearn.datasets import load_digits  # a second to import
+
     images, labels = load_digits(return_X_y=True)
     digits = pickle.dumps((images.astype(np.float32), labels.astype(np.int32)))
     (folder / "digits.pickle").write_bytes(digits)

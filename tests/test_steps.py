@@ -17,8 +17,6 @@ from samples import well_scaled
 import bnjax.linen
 import bnjax.nnx
 
-pytestmark = pytest.mark.optimized
-
 KEY = jax.random.key(0)
 X = well_scaled(1, (8, 3))
 TRAINED = {"mean": jnp.array([1.0, 2.0, 3.0]), "var": jnp.array([4.0, 5.0, 6.0])}
