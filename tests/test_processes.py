@@ -22,6 +22,7 @@ from layouts import SETTINGS, assert_is_whole_batch
 
 WORKER = Path(__file__).with_name("two_processes.py")
 CASES = ("no mask", "uneven mask", "one replica masked", "weights")
+QUICKLY = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiled, as in other files
 LIMIT = 120  # seconds for a run, on a busy machine
 GRACE = 40  # seconds for the second process to end after the first
 
@@ -42,7 +43,7 @@ def run(task, folder, killed=None, last_step=None):
         for i, path in enumerate(files):
             command = [sys.executable, WORKER, task, address, str(i), folder, *options]
             with path.open("w") as out:
-                processes.append(subprocess.Popen(command, stdout=out, stderr=out))
+                processes.append(subprocess.Popen(command, stdout=out, stderr=out, env=QUICKLY))
         first = killed or 0
         processes[first].wait(LIMIT)
         processes[1 - first].wait(GRACE)
