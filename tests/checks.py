@@ -1,7 +1,5 @@
 """What tests assert in more than one file. Oracles are in `reference`, inputs in `samples`."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -49,16 +47,3 @@ def assert_accurate(m, expected, tolerance=(1e-6, 2e-6)):
     assert np.max(error) <= tolerance[0]
     assert np.max(np.abs(var / expected.var - 1)) <= tolerance[1]
     np.testing.assert_allclose(np.broadcast_to(count, var.shape), expected.count, rtol=1e-6)
-
-
-def directional(f, modes, along):
-    """The derivative of a real f along `along`, once for each letter: "f"orward or in "r"everse."""
-
-    def forward(f):
-        return lambda *given: jax.jvp(f, given, along)[1]
-
-    def reverse(f):
-        everywhere = tuple(range(len(along)))
-        return lambda *given: sum(map(jnp.vdot, jax.grad(f, everywhere)(*given), along))
-
-    return functools.reduce(lambda f, mode: {"f": forward, "r": reverse}[mode](f), modes, f)
