@@ -522,7 +522,7 @@ def test_names_and_groups_in_lists_and_arrays():
     x = np.arange(8, dtype=np.float32).reshape(4, 2, 1)
 
     def measured(axis_name, measure):
-        return jax.vmap(lambda x: measure(x, axis_name), axis_name="i")(x)
+        return jax.jit(jax.vmap(lambda x: measure(x, axis_name), axis_name="i"))(x)
 
     for measure in (
         lambda x, name: bnjax.moments(x, axis_name=name),
