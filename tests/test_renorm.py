@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import reference
 from checks import assert_refused, largest_error
+from derivatives import PLAIN
 from flax import nnx
 from layouts import LAYOUTS
 from samples import between_signs
@@ -185,7 +186,7 @@ def test_a_constant_channel_has_finite_outputs_and_gradients(value, var, limits)
     x = np.full((6, 2), value, np.float32)
     running = Moments(np.zeros(2, np.float32), np.full(2, var, np.float32))
     ones = np.ones(2, np.float32)
-    found = compiled(**limits)(x, running, ones, ones, x)
+    found = compiled()(x, running, ones, ones, x, **limits)
     chex.assert_tree_all_finite(found)
     expected = renorm(x, running.mean, running.var, ones, ones, x, **limits)
     assert largest_error(found[0], expected.y) <= 1e-6 * np.abs(expected.y).max()
@@ -241,10 +242,14 @@ def test_a_mask_is_deletion_and_hides_nan():
     found = compiled(**LIMITS)(
         dirty, start(), scale, bias, np.where(keep[:, None], dy, 0), where=keep[:, None]
     )
-    expected = compiled(**LIMITS)(x[keep], start(), scale, bias, dy[keep])
     y, dx, dscale, dbias, m = jax.tree.map(np.asarray, found)
-    found = y[keep], dx[keep], dscale, dbias, m
-    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
+    expected = renorm(x[keep], np.zeros(8), np.ones(8), scale, bias, dy[keep], **LIMITS)
+    for actual, right in zip((y[keep], dx[keep], dscale, dbias), expected, strict=False):
+        np.testing.assert_allclose(actual, right, rtol=1e-5, atol=1e-5)
+    measured = reference.moments(x[keep])
+    np.testing.assert_allclose(m.mean + m.remainder, measured.mean, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(m.var, measured.var, rtol=1e-5)
+    assert m.count == keep.sum()
     chex.assert_tree_all_finite((y, dx))
 
 
@@ -397,9 +402,9 @@ def nnx_steps(xs, scale, bias, *, jit=nnx.jit, **fields):
 every_layer = pytest.mark.parametrize("steps", [linen_steps, nnx_steps])
 
 
-@pytest.mark.parametrize("ghost_batch_size", [None, 11])
-@every_layer
+@pytest.mark.parametrize(("steps", "ghost_batch_size"), [(linen_steps, 11), (nnx_steps, None)])
 def test_a_layer_counts_its_steps_and_opens_its_limits(steps, ghost_batch_size):
+    """Without ghosts both layers give the same bits, below."""
     xs = np.stack([batch(seed=i)[0] for i in range(6)])
     _, scale, bias, dy = batch()
     ys, stats = steps(xs, scale, bias, ghost_batch_size=ghost_batch_size, **FIELDS)
@@ -533,7 +538,7 @@ def test_reinforcement_learners_scan_jit_and_vmap_over_seeds():
 
     keys = jax.random.split(jax.random.key(0), seeds)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=PLAIN)
     def together_and_alone(keys, xs):
         return jax.vmap(learn)(keys, xs), learn(keys[1], xs[1])
 
