@@ -12,14 +12,18 @@ import bnjax
 PLAIN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def textbook(x, scale=1.0, bias=0.0, *, where=1.0, epsilon=1e-5, **_):
+def textbook(x, scale=1.0, bias=0.0, *, where=None, epsilon=1e-5, **_):
     """Batch normalization in so many words, whose derivatives are JAX's; features come last."""
-    axes, w = tuple(range(x.ndim - 1)), jnp.broadcast_to(jnp.asarray(where, float), x.shape)
-    mean = jnp.average(x, axes, w, keepdims=True)
-    var = jnp.average(jnp.abs(x - mean) ** 2, axes, w, keepdims=True)
+
+    def mean_of(a):
+        w = jnp.broadcast_to(1 if where is None else where, a.shape).astype(a.dtype)
+        return jnp.average(a, tuple(range(a.ndim - 1)), w, keepdims=True)
+
+    mean = mean_of(x)
+    var = mean_of(jnp.abs(x - mean) ** 2)
     scale, bias = (jnp.broadcast_to(p, x.shape) for p in (scale, bias))
-    y = (x - mean) / jnp.sqrt(var + epsilon) * scale + bias
-    return y, bnjax.Moments(mean.squeeze(axes), var.squeeze(axes))
+    y = (x - mean) * (scale / jnp.sqrt(var + epsilon)).astype(x.dtype) + bias.astype(x.dtype)
+    return y, bnjax.Moments(mean.ravel(), var.ravel())
 
 
 def assert_derivatives(f, given, chains):

@@ -138,10 +138,30 @@ IMPLEMENTATIONS = {
     "moments, normalize": _of_functions(_measure_then_apply),
     **LAYERS,
 }
-every_implementation = pytest.mark.parametrize(
-    "step", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys()
-)
-every_layer = pytest.mark.parametrize("step", LAYERS.values(), ids=LAYERS.keys())
+
+
+def _over(names):
+    return pytest.mark.parametrize("step", [IMPLEMENTATIONS[name] for name in names], ids=names)
+
+
+every_implementation = _over([*IMPLEMENTATIONS])
+every_layer = _over([*LAYERS])
+# `batch_norm` is moments and normalize, and the layers share all that they call: one function and
+# one layer stand for all four where it is not their own code that is tested.
+one_of_each = _over(["batch_norm", "nnx"])
+the_others = _over(["moments, normalize", "linen"])
+
+
+def alternating(names, values):
+    """Runs a test on each value with one function and one layer, in turn with the others."""
+    steps = [*IMPLEMENTATIONS.values()]
+    rows = [
+        (step, *(value if isinstance(names, tuple) else (value,)))
+        for i, value in enumerate(values)
+        for step in (steps[i % 2], steps[3 - i % 2])
+    ]
+    names = names if isinstance(names, tuple) else (names,)
+    return pytest.mark.parametrize(("step", *names), rows)
 
 
 def pull_back(step, x, scale, bias, dy, **settings):

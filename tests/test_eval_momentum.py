@@ -152,15 +152,14 @@ def test_one_is_the_program_without_it(layer):
 @pytest.mark.parametrize(
     ("layout", "case"),
     [
-        *((layout, "one replica masked") for layout in layouts.LAYOUTS),
-        ("shard_map", "no mask"),
+        ("vmap", "one replica masked"),
+        ("shard_map", "mask per feature"),
         ("jit, automatic", "no mask"),
-        ("vmap", "mask per feature"),
-        ("jit, explicit", "mask per feature"),
+        ("jit, explicit", "one replica masked"),
     ],
 )
 def test_the_batch_alone_is_training_without_its_state(layout, case):
-    """In every layout, gradients through the batch's statistics included; nothing is written.
+    """Where replicas are mapped and where XLA cuts, gradients included; nothing is written.
 
     The batch norm's own tests have every mask in every layout.
     """
@@ -262,7 +261,13 @@ def half(x):
 
 def test_gradients_through_the_batchs_statistics():
     x, dy = batch(), batch(1.0)
-    (dx,) = jax.vjp(lambda x: linen_eval(x, eval_momentum=0.0), jnp.asarray(x))[1](jnp.asarray(dy))
+
+    @jax.jit
+    @jax.grad
+    def gradient(x):
+        return jnp.vdot(dy, linen_eval(x, eval_momentum=0.0))
+
+    dx = gradient(x)
     np.testing.assert_allclose(dx, reference.gradient(x, dy).x, rtol=0, atol=1e-5)
 
 
@@ -332,7 +337,8 @@ def test_a_bad_replica_is_seen_by_all(wing):
     x[1, 2, 1] = np.nan
     fields = {"axis_name": "i", "skip_nonfinite": True}
     if wing == "linen":
-        y, mean, var, moments = jax.vmap(lambda x: linen_train(x, **fields), axis_name="i")(x)
+        train = jax.vmap(lambda x: linen_train(x, **fields), axis_name="i")
+        y, mean, var, moments = jax.jit(train)(x)
         count = moments["moments"].count
     else:
         layer = bnjax.nnx.BatchNorm(3, momentum=0.5, emit=True, rngs=nnx.Rngs(0), **fields)

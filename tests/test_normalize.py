@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 import reference
 from checks import largest_error
-from implementations import IMPLEMENTATIONS, every_implementation, pull_back
-from jax.test_util import check_grads
-from samples import RATIOS, ROWS, every_pair, normal
+from derivatives import PLAIN, assert_derivatives
+from implementations import (
+    IMPLEMENTATIONS,
+    every_implementation,
+    alternating,
+    one_of_each,
+    pull_back,
+    the_others,
+)
+from samples import RATIOS, ROWS, normal
 
 import bnjax
 from bnjax import Moments
@@ -43,8 +50,7 @@ def batch(rows, ratio):
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize(("jit", "rows"), [(False, ROWS[1]), *((True, rows) for rows in ROWS)])
-@every_implementation
+@alternating(("jit", "rows"), [(False, ROWS[1]), *((True, rows) for rows in ROWS)])
 def test_outputs_and_gradients_are_accurate(step, jit, rows, ratio):
     inputs, (y, m, grads) = batch(rows, ratio)
     out, (dx, dscale, dbias) = measured(step, jit)(*inputs)
@@ -71,8 +77,16 @@ def batch_of_16_bits(dtype, ratio):
 
 
 @pytest.mark.parametrize("ratio", [0, 1e2, 1e4])
-@every_pair(dtype=[jnp.bfloat16, np.float16], jit=[False, True], step=IMPLEMENTATIONS.values())
-def test_16_bit_outputs_are_within_one_unit_in_the_last_place(step, jit, dtype, ratio):
+@pytest.mark.parametrize(
+    ("name", "jit", "dtype"),
+    [
+        ("batch_norm", False, jnp.bfloat16),
+        ("moments, normalize", True, np.float16),
+        ("linen", False, np.float16),
+        ("nnx", True, jnp.bfloat16),
+    ],
+)
+def test_16_bit_outputs_are_within_one_unit_in_the_last_place(name, jit, dtype, ratio):
     """Of the correctly rounded result.
 
     And within float32's spacing at 1, the standard deviation: no float32 mean is known better,
@@ -80,7 +94,7 @@ def test_16_bit_outputs_are_within_one_unit_in_the_last_place(step, jit, dtype, 
     At 1e4 the data are what rounding has left of them.
     """
     x, scale, exact = batch_of_16_bits(dtype, ratio)
-    y = np.asarray(stepping(step, jit, dtype=dtype)(x, scale).y)
+    y = np.asarray(stepping(IMPLEMENTATIONS[name], jit, dtype=dtype)(x, scale).y)
     assert y.dtype == dtype
     error = np.abs(y.astype(float) - exact.astype(float))
     assert np.all(error <= np.spacing(np.abs(exact)).astype(float) + np.finfo(np.float32).eps)
@@ -99,8 +113,7 @@ def batch_of_64_bits(ratio):
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("jit", [False, True])
-@every_implementation
+@alternating("jit", [False, True])
 def test_float64_is_accurate(step, jit, ratio):
     inputs, (y, m, grads) = batch_of_64_bits(ratio)
     with jax.enable_x64(True):
@@ -116,7 +129,7 @@ def test_float64_is_accurate(step, jit, ratio):
 
 @pytest.mark.parametrize("distance", [-3.0, 0.0, 3.0])
 @pytest.mark.parametrize("ratio", RATIOS)
-@every_implementation
+@one_of_each
 def test_the_running_mean_as_pivot_is_accurate_when_near(step, ratio, distance):
     (x, scale, bias, dy), (y, m, grads) = batch(4099, ratio)
     running = np.full(64, ratio + distance, np.float32), np.ones(64, np.float32)
@@ -138,54 +151,36 @@ DERIVATIVE_CASES = {
 
 
 @pytest.mark.parametrize(
-    ("case", "order", "mode"),
-    [
-        ("mask", 2, "fwd"),
-        ("weights and pivot", 3, "fwd"),
-        ("weights and pivot", 3, "rev"),
-    ],
+    ("case", "chains"), [("mask", ["ff"]), ("weights and pivot", ["ff", "rr", "fff", "rrr"])]
 )
-def test_derivatives_to_order_3_forward_and_reverse(case, order, mode):
-    """Of outputs and moments alike, with respect to x, scale and bias.
+def test_derivatives_to_order_3_forward_and_reverse(case, chains):
+    """Of outputs and moments alike, with respect to x, scale and bias."""
 
-    Without weights below, with a scale for each example, and in test_sums.py, there also forward
-    over reverse.
-    """
-    settings = DERIVATIVE_CASES[case]
-    with jax.enable_x64(True):
-        x = normal((5, 2), 1, dtype=np.float64)
-        scale, bias = np.array([0.7, -1.3]), np.array([0.2, 0.4])
+    def f(batch_norm, x, scale, bias):
+        y, m = batch_norm(x, scale, bias, epsilon=0.1, **DERIVATIVE_CASES[case])
+        return jnp.sin(y), m.mean + m.remainder, m.var
 
-        def f(x, scale, bias):
-            y, m = bnjax.batch_norm(x, scale, bias, epsilon=0.1, **settings)
-            return jnp.sin(y), m.mean + m.remainder, m.var
-
-        check_grads(jax.jit(f), (x, scale, bias), order=order, modes=[mode])
+    x = normal((5, 2), 1, dtype=np.float64)
+    assert_derivatives(f, (x, np.array([0.7, -1.3]), np.array([0.2, 0.4])), ["f", "r", *chains])
 
 
-@pytest.mark.parametrize(("where", "mode"), [(None, "fwd"), (WEIGHTS, "rev")])
-def test_derivatives_of_complex_input(where, mode):
-    with jax.enable_x64(True):
-        x = normal((5, 2), 1, dtype=np.float64) + 1j * normal((5, 2), seed=1, dtype=np.float64)
+@pytest.mark.parametrize(("where", "chains"), [(None, ["f", "ff"]), (WEIGHTS, ["r", "rr"])])
+def test_derivatives_of_complex_input(where, chains):
+    def f(batch_norm, real, imag):
+        y, m = batch_norm(jax.lax.complex(real, imag), where=where, epsilon=0.1)
+        return jnp.abs(y + 2) ** 2, m.var, jnp.real(m.mean), jnp.imag(m.mean)
 
-        def f(x):
-            y, m = bnjax.batch_norm(x, where=where, epsilon=0.1)
-            return jnp.abs(y + 2) ** 2, m.var, jnp.real(m.mean)
-
-        check_grads(jax.jit(f), (x,), order=2, modes=[mode])
+    parts = normal((5, 2), 1, dtype=np.float64), normal((5, 2), seed=1, dtype=np.float64)
+    assert_derivatives(f, parts, chains)
 
 
 def test_derivatives_with_a_scale_and_bias_for_each_example():
-    with jax.enable_x64(True):
-        x = normal((5, 3, 2), dtype=np.float64)
-        scale, bias = normal((5, 1, 2), 1, 1, np.float64), normal((5, 3, 1), 0, 2, np.float64)
+    def f(batch_norm, x, scale, bias):
+        return batch_norm(x, scale, bias, epsilon=0.1)[0] ** 2
 
-        def f(x, scale, bias):
-            return bnjax.batch_norm(x, scale, bias, epsilon=0.1)[0] ** 2
-
-        f = jax.jit(f)
-        for mode in ("fwd", "rev"):
-            check_grads(f, (x, scale, bias), order=2, modes=[mode])
+    x = normal((5, 3, 2), dtype=np.float64)
+    scale, bias = normal((5, 1, 2), 1, 1, np.float64), normal((5, 3, 1), 0, 2, np.float64)
+    assert_derivatives(f, (x, scale, bias), ["f", "r", "ff", "rr"])
 
 
 def complex_loss(real, imag):
@@ -208,8 +203,10 @@ def test_products_with_the_hessian_are_the_same_in_both_modes(loss):
         def along(*args):
             return sum(map(jnp.vdot, gradient(*args), vs))
 
-        forward = jax.jit(lambda: jax.jvp(gradient, args, vs)[1])()
-        reverse = jax.jit(jax.grad(along, (0, 1)))(*args)
+        def in_both_modes(*args):
+            return jax.jvp(gradient, args, vs)[1], jax.grad(along, (0, 1))(*args)
+
+        forward, reverse = jax.jit(in_both_modes, compiler_options=PLAIN)(*args)
         for ours, theirs in zip(forward, reverse, strict=True):
             assert np.abs(theirs).max() > 0.1
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
@@ -235,26 +232,27 @@ def test_gradients_flow_through_the_returned_moments(weighted):
         assert largest_error(np.asarray(gradient(x)) * 4099, expected * 4099) <= 5e-6
 
 
-@pytest.mark.parametrize("zero", [False, True])
-def test_gradients_with_respect_to_sample_weights(zero):
+def test_gradients_with_respect_to_sample_weights():
     """Against central differences of the reference; a weight of zero has one, too."""
     x, dy = normal((6, 2), 1, dtype=np.float64), normal((6, 2), 0, 1, np.float64)
-    w = np.array([1.0, 0.5, 2.0, 0.25, 3.0, 0.0 if zero else 1.5])
 
     def loss(w):
         y = reference.batch_norm(x, where=w[:, None], epsilon=0.1)
         m = reference.moments(x, where=w[:, None])
         return np.sum(dy * y) + np.sum(m.mean) + np.sum(m.var**2) + np.sum(np.log(m.count))
 
-    step = 1e-6
-    expected = [(loss(w + step * e) - loss(w - step * e)) / (2 * step) for e in np.eye(6)]
-
-    def same(w):
+    @jax.jit
+    @jax.grad
+    def gradient(w):
         y, m = bnjax.batch_norm(x, where=w[:, None], epsilon=0.1)
         return jnp.sum(dy * y) + jnp.sum(m.mean) + jnp.sum(m.var**2) + 2 * jnp.log(m.count)
 
-    with jax.enable_x64(True):
-        np.testing.assert_allclose(jax.jit(jax.grad(same))(w), expected, rtol=1e-9, atol=1e-9)
+    h = 1e-6 * np.eye(6)
+    for last in (1.5, 0.0):
+        w = np.array([1.0, 0.5, 2.0, 0.25, 3.0, last])
+        expected = [(loss(w + e) - loss(w - e)) / 2e-6 for e in h]
+        with jax.enable_x64(True):
+            np.testing.assert_allclose(gradient(w), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_gradients_with_respect_to_sample_weights_survive_nan_of_weight_zero():
@@ -279,12 +277,16 @@ def test_a_pivot_is_a_constant():
         y, m = bnjax.batch_norm(x, pivot=pivot)
         return jnp.sum(jnp.sin(y)) + jnp.sum(m.mean * m.var)
 
-    dx, dpivot = jax.jit(jax.grad(loss, (0, 1)))(x, np.full(3, 1.5, np.float32))
+    @jax.jit
+    def with_and_without(x, pivot):
+        return jax.grad(loss, (0, 1))(x, pivot), jax.grad(loss)(x, None)
+
+    (dx, dpivot), without = with_and_without(x, np.full(3, 1.5, np.float32))
     np.testing.assert_array_equal(dpivot, np.zeros(3))
-    np.testing.assert_allclose(dx, jax.jit(jax.grad(loss))(x, None), atol=2e-6)
+    np.testing.assert_allclose(dx, without, atol=2e-6)
 
 
-@every_implementation
+@one_of_each
 def test_second_derivatives_of_a_constant_channel_are_finite(step):
     def loss(x):
         return jnp.sum(jnp.sin(step(x, np.ones(2, np.float32), np.ones(2, np.float32)).y))
@@ -313,7 +315,7 @@ def assert_step_close(out, x, scale, bias):
     np.testing.assert_allclose(out.var, m.var, atol=1e-6)
 
 
-@every_implementation
+@the_others
 def test_vmap_over_seeds_needs_no_axis_name(step):
     """Each member of an ensemble has statistics of its own, and its own gradients."""
     seeds = [small(), tuple(2 * a + 1 for a in small())]
@@ -326,7 +328,7 @@ def test_vmap_over_seeds_needs_no_axis_name(step):
             np.testing.assert_allclose(actual[i], expected, atol=2e-5)
 
 
-@every_implementation
+@one_of_each
 def test_vmap_of_rows_with_a_name_is_the_whole_batch(step):
     x, scale, bias, _ = small()
     mapped = jax.vmap(lambda row: step(row[None], scale, bias, axis_name="rows"), axis_name="rows")
@@ -336,7 +338,7 @@ def test_vmap_of_rows_with_a_name_is_the_whole_batch(step):
     np.testing.assert_allclose(out.var, np.broadcast_to(m.var, (9, 3)), atol=1e-6)
 
 
-@every_implementation
+@the_others
 def test_jvp_is_the_adjoint_of_vjp(step):
     x, scale, bias, dy = small()
     grads = reference.gradient(x, dy, scale)
@@ -350,7 +352,7 @@ def test_jvp_is_the_adjoint_of_vjp(step):
     np.testing.assert_allclose(np.sum(dy * np.asarray(dy_forward)), float(expected), rtol=1e-5)
 
 
-@every_implementation
+@one_of_each
 def test_scan_over_training_steps(step):
     """The running statistics are the carry; what leaves is the formula, applied each time."""
     x = normal((20, 9, 3), 2)
@@ -370,25 +372,26 @@ def test_scan_over_training_steps(step):
     np.testing.assert_allclose(var, expected[1], rtol=1e-6)
 
 
-@every_implementation
-@pytest.mark.parametrize(
-    "policy",
-    [None, jax.checkpoint_policies.nothing_saveable, bnjax.convs_and_dots_saveable],
-    ids=["default", "nothing", "convs_and_dots"],
-)
-def test_checkpoint_changes_nothing(step, policy):
+@one_of_each
+def test_checkpoint_changes_nothing(step):
     x, scale, bias, dy = small()
+    policies = None, jax.checkpoint_policies.nothing_saveable, bnjax.convs_and_dots_saveable
 
     def loss(x, scale, bias):
         return jnp.sum(dy * step(x, scale, bias).y)
 
-    remat = jax.checkpoint(loss, policy=policy)
-    grads = jax.jit(jax.grad(remat, (0, 1, 2)))(x, scale, bias)
-    for actual, expected in zip(grads, reference.gradient(x, dy, scale), strict=True):
-        np.testing.assert_allclose(actual, expected, atol=1e-5)
+    @jax.jit
+    def with_each_policy(*inputs):
+        remats = [jax.checkpoint(loss, policy=policy) for policy in policies]
+        return [jax.grad(remat, (0, 1, 2))(*inputs) for remat in remats]
+
+    expected = reference.gradient(x, dy, scale)
+    for grads in with_each_policy(x, scale, bias):
+        for actual, derivative in zip(grads, expected, strict=True):
+            np.testing.assert_allclose(actual, derivative, atol=1e-5)
 
 
-@every_implementation
+@the_others
 def test_a_batch_of_any_size_exports_as_one_program(step):
     """With a symbolic size, about which comparisons are not to be decided."""
     (size,) = jax.export.symbolic_shape("size")
@@ -410,8 +413,7 @@ def replicated(step):
 
 
 @pytest.mark.parametrize("ratio", [0, 1e4])
-@pytest.mark.parametrize("masked", [False, True])
-@every_implementation
+@alternating("masked", [False, True])
 def test_pmap_over_eight_devices_is_one_device_on_the_whole_batch(step, masked, ratio):
     """Gradients included; with masks the replicas' counts are uneven, one of them zero."""
     x, dy = normal((8, 16, 3), ratio), normal((8, 16, 3), seed=1)
@@ -459,20 +461,19 @@ def test_scale_without_bias_and_bias_without_scale():
     assert largest_error(y, reference.batch_norm(x, bias=bias)) <= 5e-6
 
 
-@pytest.mark.parametrize(
-    ("step", "dtype"),
-    [
-        (step, dtype)
-        for i, step in enumerate(IMPLEMENTATIONS.values())
-        for j, dtype in enumerate([np.int8, np.uint8, np.int32, bool])
-        if (i + j) % 2 == 0  # two functions, two layers share what casts them
-    ],
-)
-def test_integers_are_normalized_in_float32(step, dtype):
-    x = (np.arange(24).reshape(8, 3) % 5).astype(dtype)
-    out = stepping(step)(x, np.ones(3, np.float32), np.zeros(3, np.float32))
-    assert out.y.dtype == np.float32
-    assert_step_close(out, x.astype(int), np.ones(3), np.zeros(3))
+@the_others
+def test_integers_are_normalized_in_float32(step):
+    @jax.jit
+    def of_each(xs, scale, bias):
+        return [step(x, scale, bias) for x in xs]
+
+    dtypes = np.int8, np.uint8, np.int32, bool
+    xs = [(np.arange(24).reshape(8, 3) % 5).astype(dtype) for dtype in dtypes]
+    for x, out in zip(
+        xs, of_each(xs, np.ones(3, np.float32), np.zeros(3, np.float32)), strict=True
+    ):
+        assert out.y.dtype == np.float32
+        assert_step_close(out, x.astype(int), np.ones(3), np.zeros(3))
 
 
 @every_implementation
@@ -482,8 +483,7 @@ def test_numpy_and_jax_arrays_give_the_same(step):
 
 
 @pytest.mark.parametrize("ratio", [0, 1e4])
-@pytest.mark.parametrize("masked", [False, True])
-@every_implementation
+@alternating("masked", [False, True])
 def test_complex_input_is_divided_by_a_real_deviation(step, masked, ratio):
     x = (normal((64, 3), ratio) + 1j * normal((64, 3), -ratio, 1)).astype(np.complex64)
     where = np.random.default_rng(2).random((64, 1)) < 0.5 if masked else None
