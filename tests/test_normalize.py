@@ -13,8 +13,8 @@ from checks import largest_error
 from derivatives import PLAIN, assert_derivatives
 from implementations import (
     IMPLEMENTATIONS,
-    every_implementation,
     alternating,
+    every_implementation,
     one_of_each,
     pull_back,
     the_others,
