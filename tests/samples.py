@@ -45,6 +45,14 @@ def kernel(key, shape, dtype=jnp.float32):
     return jnp.asarray(values, dtype)
 
 
+def in_turn(rows, **fields):
+    """The rows, each with the next value of these fields: settings that are passed on as given."""
+    return [
+        row | {name: of[(i + j) % len(of)] for j, (name, of) in enumerate(fields.items())}
+        for i, row in enumerate(rows)
+    ]
+
+
 def fresh(features=3):
     """Running statistics as a layer begins with them."""
     return {"mean": jnp.zeros(features), "var": jnp.ones(features)}

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import layouts
 import numpy as np
 import pytest
@@ -32,26 +31,32 @@ KINDS = {  # cases of one kind are values of one program
 }
 
 
-@pytest.mark.parametrize(
-    ("layout", "case", "setting"),
-    [
-        (layout, case, setting)
-        for i, layout in enumerate(layouts.LAYOUTS)
-        for case, kind in KINDS.items()
-        for setting in SETTINGS
-        if (setting == "bf16") == (kind == 3 * i % 4)
-    ],
-)
+def laid_out():
+    """Each layout without a mask, and each kind of masks in one of two that are alike.
+
+    Of shard_map's and of jit's two the stricter one gets more: it refuses what the other takes.
+    """
+    for i, layout in enumerate(layouts.LAYOUTS):
+        kinds = (0, 1, 3) if layout in ("pmap", "shard_map", "jit, explicit") else (0, 2)
+        narrow = kinds[i // 2 % len(kinds)]
+        for case, kind in KINDS.items():
+            if kind in kinds:
+                settings = ["bf16"] if kind == narrow else [s for s in SETTINGS if s != "bf16"]
+                yield from ((layout, case, setting) for setting in settings)
+
+
+@pytest.mark.parametrize(("layout", "case", "setting"), [*laid_out()])
 def test_every_layout_gives_the_whole_batch(layout, case, setting):
-    """Each with each case and each setting; one kind of masks is in bfloat16, in turn."""
+    """One kind of masks is in bfloat16, in turn."""
     x, dy, scale, bias = layouts.batch(*SETTINGS[setting])
     where = layouts.cases()[case]
     result = layouts.LAYOUTS[layout](x, dy, where, scale, bias)
     assert_is_whole_batch(result, x, dy, where, scale, bias)
 
 
-@pytest.mark.parametrize("axis_name", [None, layouts.AXIS])
-@pytest.mark.parametrize(("pivot", "forward"), [("batch", 2), ("running", 1)])
+@pytest.mark.parametrize(
+    ("pivot", "forward", "axis_name"), [("batch", 2, None), ("running", 1, layouts.AXIS)]
+)
 def test_all_reduces_of_a_layer(pivot, forward, axis_name):
     mesh = mesh_of(jax.devices())
     counts = [
@@ -67,7 +72,7 @@ def test_all_reduces_of_a_layer(pivot, forward, axis_name):
 @every_pair(pivot=["batch", "running"], saving=[False, True], axis_name=[None, layouts.AXIS])
 def test_all_reduces_of_a_step_grow_linearly(pivot, saving, axis_name):
     per_layer = {"batch": 3, "running": 2}[pivot]
-    many = {"batch": 16, "running": 4}[pivot] if saving else 2
+    many = {"batch": 8, "running": 4}[pivot] if saving else 2
     mesh = mesh_of(jax.devices())
     one, two, *deep = (
         count_collectives(compile_sharded(Chain(layers, pivot, axis_name, saving), mesh))
@@ -82,10 +87,7 @@ def test_all_reduces_of_a_step_grow_linearly(pivot, saving, axis_name):
     assert set(one) == set(two) == {"all-reduce"}
 
 
-@pytest.mark.parametrize(
-    ("by", "case"),
-    [("jit", "weights"), ("jit", "mask per feature"), ("shard_map", "mask per feature")],
-)
+@pytest.mark.parametrize(("by", "case"), [("jit", "weights"), ("shard_map", "mask per feature")])
 def test_a_mask_costs_no_all_reduce(by, case):
     """The counts travel with the first sums."""
     x, dy, *_ = layouts.batch()
@@ -114,7 +116,7 @@ from collectives import Chain, count_collectives, compile_sharded, mesh_of, redu
 for devices in (8, 256):
     mesh = mesh_of(jax.devices()[:devices])
     for axis_name in (None, {axis_name!r}):
-        compiled = compile_sharded(Chain(3, "batch", axis_name), mesh)
+        compiled = compile_sharded(Chain(2, "batch", axis_name), mesh)
         print(reduced_numbers(compiled), count_collectives(compiled))
 """
 
@@ -130,7 +132,7 @@ def test_a_device_sends_as_much_among_256_as_among_8():
     assert len(lines) == 4
     for eight, all_devices in (lines[::2], lines[1::2]):  # without a name, and with
         assert eight == all_devices
-        assert int(eight.split()[0]) >= 3 * 2 * 4  # mean, variance of 4 features, 3 layers
+        assert int(eight.split()[0]) >= 2 * 2 * 4  # mean, variance of 4 features, 2 layers
 
 
 def by_shard_map(f, axis_name, check_vma=False):
@@ -150,8 +152,13 @@ def moments_of(transform, groups=None, axis_name=layouts.AXIS):
     return parts, transform(measure, axis_name=layouts.AXIS)(parts)
 
 
-@pytest.mark.parametrize("transform", [jax.pmap, by_shard_map])
-@pytest.mark.parametrize("groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 7], [1, 6], [2, 5], [3, 4]]])
+@pytest.mark.parametrize(
+    ("groups", "transform"),
+    [
+        ([[0, 1, 2, 3], [4, 5, 6, 7]], by_shard_map),
+        ([[0, 7], [1, 6], [2, 5], [3, 4]], jax.pmap),
+    ],
+)
 def test_groups_have_statistics_and_gradients_of_their_own(groups, transform):
     parts, m = moments_of(transform, groups)
     dys = layouts.batch()[1].reshape(parts.shape)
@@ -214,27 +221,6 @@ def test_a_misspelled_axis_is_an_error():
         moments_of(jax.pmap, axis_name="replica")
 
 
-def test_features_sharded_over_an_explicit_mesh():
-    """Parameters and statistics are replicated, the input's features are not."""
-    x, _, scale, bias = layouts.batch(features=8)
-    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
-    layer = bnjax.linen.BatchNorm(False, momentum=0.0)
-
-    def step(x, scale, bias):
-        variables = {
-            "params": {"scale": scale, "bias": bias},
-            "batch_stats": {"mean": jnp.zeros(8), "var": jnp.ones(8)},
-        }
-        return layer.apply(variables, x, mutable=["batch_stats"])
-
-    with jax.set_mesh(mesh):
-        sharded = jax.device_put(x, NamedSharding(mesh, P(None, "model")))
-        y, updates = jax.jit(step)(sharded, scale, bias)
-    np.testing.assert_allclose(y, reference.batch_norm(x, scale, bias).astype(float), atol=1e-5)
-    var = updates["batch_stats"]["var"]
-    np.testing.assert_allclose(var, reference.moments(x).var.astype(float), rtol=1e-5)
-
-
 @every_pair(
     by=["batch", "batch and height", "features"],
     masked=[False, True],
@@ -265,7 +251,9 @@ def test_images_sharded_by(by, masked, axis_type):
     assert set(count_collectives(compiled)) == {"all-reduce"}
 
 
-@every_pair(layer=[linen_layer, nnx_layer], check_vma=[True, False], masked=[False, True])
+@pytest.mark.parametrize(
+    ("layer", "check_vma", "masked"), [(linen_layer, True, True), (nnx_layer, False, False)]
+)
 def test_layers_under_shard_map(layer, check_vma, masked):
     x, dy, scale, bias = layouts.batch(ratio=1e4)
     where = layouts.cases()["one replica masked"] if masked else None
@@ -293,13 +281,17 @@ def test_layers_under_shard_map(layer, check_vma, masked):
     assert_is_whole_batch((out.y, *grads, m), x, dy, where, scale, bias)
 
 
-@every_pair(
-    layer=[linen_layer, nnx_layer],
-    spec=[P("a"), P(None, "a")],
-    axis_type=[AxisType.Auto, AxisType.Explicit],
+@pytest.mark.parametrize(
+    ("layer", "spec", "axis_type"),
+    [
+        (linen_layer, P(None, "a"), AxisType.Explicit),
+        (nnx_layer, P("a"), AxisType.Explicit),
+        (nnx_layer, P(None, "a"), AxisType.Auto),
+    ],
+    ids=str,
 )
 def test_layers_on_a_mesh(layer, spec, axis_type):
-    """Parameters and statistics are replicated."""
+    """Parameters and statistics are replicated, also where the input's features are not."""
     x, dy, scale, bias = layouts.batch(features=8)
     mesh = jax.make_mesh((8,), ("a",), axis_types=(axis_type,))
     with jax.set_mesh(mesh):

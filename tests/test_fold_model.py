@@ -134,7 +134,7 @@ class Zoo(nn.Module):
         x = nn.tanh(norm(axis=3)(x))
         x = nn.ConvTranspose(4, (3, 2), (2, 2), transpose_kernel=True, use_bias=False)(x)
         x = nn.tanh(norm(use_scale=False)(x))
-        x = nn.ConvTranspose(3, (2, 2), padding="VALID")(x)
+        x = nn.ConvTranspose(6, (2, 2), padding="VALID")(x)
         x = nn.tanh(norm(use_bias=False)(x))
         x = nn.DenseGeneral((2, 5), axis=(1, 2), use_bias=False)(x)
         x = nn.tanh(norm(axis=(2, 3))(x))  # statistics for each of 2 x 5 features
@@ -142,7 +142,7 @@ class Zoo(nn.Module):
         x = nn.tanh(norm()(x))  # shared by the 2
         x = nn.DenseGeneral((2, 4), axis=-1, batch_dims=(0,))(x)
         x = nn.tanh(norm(axis=(0, -2))(x))
-        x = nn.Dense(7)(x.reshape(2, -1))
+        x = nn.Dense(6)(x.reshape(2, -1))
         return norm()(x)
 
 
@@ -178,11 +178,11 @@ class ZooNNX(nnx.Module):
                 ConvTransposeNNX(
                     6, 4, (3, 2), (2, 2), transpose_kernel=True, use_bias=False, rngs=r
                 ),
-                ConvTransposeNNX(4, 3, (2, 2), padding="VALID", rngs=r),
+                ConvTransposeNNX(4, 6, (2, 2), padding="VALID", rngs=r),
                 LinearGeneralNNX((9, 9), (2, 5), axis=(1, 2), use_bias=False, rngs=r),
                 LinearGeneralNNX(5, (2, 4), rngs=r),
                 LinearGeneralNNX(4, (2, 4), batch_axis={0: 2}, rngs=r),
-                LinearNNX(96, 7, rngs=r),
+                LinearNNX(192, 6, rngs=r),
             ]
         )
         self.norms = nnx.List(
@@ -190,11 +190,11 @@ class ZooNNX(nnx.Module):
                 norm(6),
                 norm(6, axis=3),
                 norm(4, use_scale=False),
-                norm(3, use_bias=False),
+                norm(6, use_bias=False),
                 norm((2, 5), axis=(2, 3)),
                 norm(4),
                 norm((2, 2), axis=(0, -2)),
-                norm(7),
+                norm(6),
             ]
         )
 
@@ -468,7 +468,7 @@ def test_a_model_that_cannot_be_hashed():
                 x = bnjax.linen.BatchNorm(True)(nn.Dense(n)(x))
             return x
 
-    model, pairs = Listed([4, 5]), {"Dense_0": "BatchNorm_0", "Dense_1": "BatchNorm_1"}
+    model, pairs = Listed([4, 4]), {"Dense_0": "BatchNorm_0", "Dense_1": "BatchNorm_1"}
     variables = trained(model)
     y = bnjax.linen.apply_folded(model, bnjax.linen.fold(model, variables, pairs, X), X)
     assert_same_output(y, model.apply(variables, X))
@@ -658,12 +658,13 @@ def loose():
 def test_right_pairs_fold_and_wrong_ones_do_not_at_any_precision(fold, param_dtype, dtype, x_dtype):
     """Rounding errors are not taken for another model, nor another model for rounding errors."""
     x = jnp.asarray(X.reshape(-1, 4)[:16], x_dtype)
-    for seed, fault in enumerate(FAULTS):
+    for seed in range(3):
         ours, true = fold("", dtype, param_dtype, x, np.random.default_rng(seed))
         eps = float(jnp.finfo(param_dtype).eps)
         assert_same_output(ours[1:, 1:], true[1:, 1:], 8 * eps)
         np.testing.assert_array_equal(np.isnan(ours), np.isnan(true))
         np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(true))
+    for seed, fault in enumerate(FAULTS):
         with pytest.raises(ValueError, match=r"changes what the model|is not the output"):
             fold(fault, dtype, param_dtype, x, np.random.default_rng(seed))
 

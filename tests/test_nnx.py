@@ -13,7 +13,7 @@ import reference
 from checks import assert_agree
 from flax import nnx
 from jax import lax
-from samples import around_one, between_signs, covering, well_scaled
+from samples import around_one, between_signs, covering, in_turn, well_scaled
 
 import bnjax.nnx
 
@@ -74,16 +74,18 @@ def test_constructor_and_call_are_flaxs():
 
 @pytest.mark.parametrize(
     "row",
-    covering(
-        x_dtype=[jnp.float32, jnp.bfloat16, jnp.float16],
+    in_turn(
+        covering(
+            x_dtype=[jnp.float32, jnp.float16],
+            dtype=[None, jnp.float32, jnp.bfloat16],
+            param_dtype=[jnp.float32, jnp.bfloat16],
+            use_bias=[True, False],
+            use_scale=[True, False],
+        ),
         given=["mode", "call"],
         axis=[-1, 1, -3],
         momentum=[0.9, 0.0, 1.0],
         epsilon=[1e-5, 1e-2],
-        dtype=[None, jnp.float32, jnp.bfloat16],
-        param_dtype=[jnp.float32, jnp.bfloat16],
-        use_bias=[True, False],
-        use_scale=[True, False],
         bias_init=[between_signs, nnx.initializers.zeros_init()],
         scale_init=[around_one, nnx.initializers.ones_init()],
         axis_name=[None, "replicas", ("replicas",)],
@@ -93,6 +95,7 @@ def test_constructor_and_call_are_flaxs():
 def test_agrees_with_flax_over_100_steps(row):
     """Two replicas train; each layer keeps its own statistics, and starts from the other's.
 
+    In pairs meet the values that decide dtypes: of the others this layer's code makes no cases.
     To a 16-bit `dtype` flax rounds inputs and variables before the arithmetic. With dtype
     float32 it doesn't, and its output, rounded at the end, is the right one.
     """
@@ -173,11 +176,12 @@ class Network(nnx.Module):
     """Two hidden layers, normalized by `layer`."""
 
     def __init__(self, layer, rngs):
-        self.a = nnx.Linear(4, 16, use_bias=False, rngs=rngs)
+        linear = functools.partial(nnx.Linear, kernel_init=between_signs, rngs=rngs)
+        self.a = linear(4, 16, use_bias=False)
         self.norm_a = layer(16, momentum=0.9, rngs=rngs)
-        self.b = nnx.Linear(16, 16, use_bias=False, rngs=rngs)
+        self.b = linear(16, 16, use_bias=False)
         self.norm_b = layer(16, momentum=0.9, use_bias=False, rngs=rngs)
-        self.c = nnx.Linear(16, 1, rngs=rngs)
+        self.c = linear(16, 1)
 
     def __call__(self, x):
         x = nnx.relu(self.norm_a(self.a(x)))
@@ -276,8 +280,7 @@ def test_promote_dtype_decides_the_outputs_dtype_as_in_flax():
     np.testing.assert_allclose(ours.var[...], 0.99 + 0.01 * m.var, rtol=1e-6)
     if "promote_dtype" in FLAXS_FIELDS:
         theirs = make(nnx.BatchNorm, use_scale=False, promote_dtype=to_bfloat16)
-        with jax.numpy_dtype_promotion("standard"):
-            assert_agree(y, theirs(x))
+        assert_agree(y, call_of(theirs, x))
 
 
 # Where flax rounds to `dtype` before the arithmetic.
@@ -345,7 +348,7 @@ def test_without_a_mode_it_says_what_to_do():
 
 
 def test_called_twice_in_a_step_it_updates_twice():
-    a, b = well_scaled(1, (8, 3)), 3 * well_scaled(2, (16, 3))
+    a, b = well_scaled(1, (8, 3)), 3 * well_scaled(2, (8, 3))
     layers = [make(layer, momentum=0.9) for layer in BOTH]
     ours, theirs = [layers[0](a), layers[0](b)], [call_of(layers[1], x) for x in (a, b)]
     assert_agree(ours, theirs)
@@ -364,7 +367,7 @@ def test_statistics_are_constants_to_what_comes_after():
         layer(x)
         return jnp.sum(layer(x, use_running_average=True) * dy)
 
-    gradient = nnx.grad(train_then_evaluate, argnums=1)(layer, x)
+    gradient = nnx.jit(nnx.grad(train_then_evaluate, argnums=1))(layer, x)
     sigma = np.sqrt(reference.moments(x).var + 1e-5)
     np.testing.assert_allclose(gradient, np.asarray(dy, float) / sigma.astype(float), rtol=1e-5)
 
@@ -373,13 +376,12 @@ def test_variables_that_are_references_train_under_plain_grad():
     """A reference cannot take a value that is differentiated."""
     x, dy = well_scaled(1, (8, 3)), well_scaled(2, (8, 3))
     references = nnx.use_refs if hasattr(nnx, "use_refs") else lambda on: nnx.var_defaults(ref=on)
-    plain = make(bnjax.nnx.BatchNorm)
-    expected = nnx.grad(lambda layer, x: jnp.sum(layer(x) * dy), argnums=1)(plain, x)
     with references(True):
         layer = make(bnjax.nnx.BatchNorm)
         gradient = jax.grad(lambda x: jnp.sum(layer(x) * dy))(x)
+    expected = reference.gradient(x, dy).x.astype(float)
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(layer.mean[...], plain.mean[...], rtol=1e-6)
+    np.testing.assert_allclose(layer.mean[...], 0.01 * reference.moments(x).mean, rtol=1e-6)
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "float64", "bfloat16", "float16", "complex64"])
@@ -403,12 +405,6 @@ def jitted(layer, x, dy):
 def value_and_grad(layer, x, dy):
     layer = make(layer)
     return layer, *nnx.value_and_grad(lambda layer, x: jnp.sum(layer(x) * dy))(layer, x)
-
-
-def remat(layer, x, dy):
-    layer = make(layer)
-    call = nnx.remat(lambda layer, x: layer(x))
-    return layer, *nnx.value_and_grad(lambda layer: jnp.sum(call(layer, x) * dy))(layer)
 
 
 def vmap_a_layer_each(layer, x, dy):
@@ -491,7 +487,6 @@ COMPILED = (jitted, pmap_one_layer, pmap_groups, split_and_merge)  # the others 
     [
         jitted,
         value_and_grad,
-        remat,
         vmap_a_layer_each,
         vmap_one_layer,
         pmap_one_layer,
