@@ -288,7 +288,6 @@ def test_layers_under_shard_map(layer, check_vma, masked):
         (nnx_layer, P("a"), AxisType.Explicit),
         (nnx_layer, P(None, "a"), AxisType.Auto),
     ],
-    ids=str,
 )
 def test_layers_on_a_mesh(layer, spec, axis_type):
     """Parameters and statistics are replicated, also where the input's features are not."""
