@@ -2,7 +2,8 @@
 
 Each layout takes and returns whole arrays: `layout(x, dy, where, scale, bias)` gives the output,
 the gradients of sum(dy * y), and the moments that each replica measured. `apply` may stand in for
-`bnjax.batch_norm`. `assert_is_whole_batch` says that a layout changes nothing.
+`bnjax.batch_norm`, and `step` for the whole step. `assert_is_whole_batch` says that a layout
+changes nothing.
 """
 
 import functools
@@ -42,12 +43,12 @@ def _whole(result):
 
 def _mapped(transform):
     @functools.cache
-    def program(masked, **applied):
+    def program(step, masked, **applied):
         f = functools.partial(step, axis_name=AXIS, **applied)
         return transform(f, in_axes=(0, 0, 0 if masked else None, None, None), axis_name=AXIS)
 
-    def layout(x, dy, where, scale, bias, **applied):
-        f = program(where is not None, **applied)
+    def layout(x, dy, where, scale, bias, step=step, **applied):
+        f = program(step, where is not None, **applied)
         return _whole(f(*map(_shard, (x, dy, where)), scale, bias))
 
     return layout
@@ -55,7 +56,7 @@ def _mapped(transform):
 
 def _shard_map(check_vma):
     @functools.cache
-    def program(masked, **applied):
+    def program(step, masked, **applied):
         def replica(x, dy, where, scale, bias):
             y, dx, dscale, dbias, m = step(x, dy, where, scale, bias, AXIS, **applied)
             if not check_vma:  # with the check JAX adds up the gradients of shared parameters
@@ -73,8 +74,8 @@ def _shard_map(check_vma):
         )
         return jax.jit(f)
 
-    def layout(x, dy, where, scale, bias, **applied):
-        f = program(where is not None, **applied)
+    def layout(x, dy, where, scale, bias, step=step, **applied):
+        f = program(step, where is not None, **applied)
         return f(x, dy, where, scale, bias)
 
     return layout
@@ -82,16 +83,16 @@ def _shard_map(check_vma):
 
 def _jit(axis_type):
     @functools.cache
-    def program(**applied):
+    def program(step, **applied):
         return jax.jit(functools.partial(step, **applied))
 
-    def layout(x, dy, where, scale, bias, **applied):
+    def layout(x, dy, where, scale, bias, step=step, **applied):
         mesh = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(axis_type,))
         over, whole = NamedSharding(mesh, P(AXIS)), NamedSharding(mesh, P())
         shardings = over, over, None if where is None else over, whole, whole
         with jax.set_mesh(mesh):
             args = jax.tree.map(jax.device_put, (x, dy, where, scale, bias), shardings)
-            return program(**applied)(*args)
+            return program(step, **applied)(*args)
 
     return layout
 
