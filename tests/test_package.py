@@ -47,29 +47,21 @@ def in_a_fresh_interpreter(code):
     subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=120)
 
 
-def test_importing_loads_no_flax():
-    in_a_fresh_interpreter(
-        "import sys, bnjax; assert not [m for m in sys.modules if m.split('.')[0] == 'flax']"
-    )
-
-
 @pytest.mark.parametrize("name", ["linen", "nnx"])
-def test_the_layers_load_on_first_use(name):
+def test_flax_and_the_layers_load_on_first_use(name):
     in_a_fresh_interpreter(
-        f"import sys, bnjax; assert 'bnjax.{name}' not in sys.modules; bnjax.{name}.BatchNorm; "
+        "import sys, bnjax; assert not [m for m in sys.modules if m.split('.')[0] == 'flax']; "
+        f"assert 'bnjax.{name}' not in sys.modules; bnjax.{name}.BatchNorm; "
         f"assert 'bnjax.{name}' in sys.modules; assert 'bnjax.{name}' == bnjax.{name}.__name__"
     )
 
 
 @pytest.mark.parametrize("name", ["linen", "nnx"])
-def test_each_layer_can_be_imported_by_itself(name):
-    in_a_fresh_interpreter(f"from bnjax.{name} import BatchNorm; import bnjax.{name}")
-
-
-def test_importing_starts_no_backend():
+def test_each_layer_can_be_imported_by_itself_and_starts_no_backend(name):
     """So that devices and distributed runs can still be set up afterwards."""
     in_a_fresh_interpreter(
-        "import bnjax, bnjax.linen, bnjax.nnx, jax; jax.config.update('jax_num_cpu_devices', 3); "
+        f"from bnjax.{name} import BatchNorm; import bnjax.{name}, jax; "
+        "jax.config.update('jax_num_cpu_devices', 3); "
         "jax.config.update('jax_platforms', 'cpu'); assert jax.device_count() == 3"
     )
 
