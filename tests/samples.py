@@ -20,7 +20,7 @@ def normal(shape, ratio=0, seed=0, dtype=np.float32):
 
 def well_scaled(seed, shape, dtype=jnp.float32):
     """A JAX array of standard deviation 2, whose mean is not zero."""
-    return jnp.asarray(1 + 2 * np.random.default_rng(seed).standard_normal(shape), dtype)
+    return jnp.asarray(2 * normal(shape, 0.5, seed), dtype)
 
 
 def between_signs(key, shape, dtype=jnp.float32):

@@ -26,7 +26,7 @@ reproducible = settings(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=16,
+    max_examples=24,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
@@ -232,7 +232,7 @@ def assert_gradients_close(actual, expected, batch):
 
 
 @given(batch=batches(empty=True))
-@settings(reproducible, max_examples=32)
+@settings(reproducible, max_examples=40)
 def test_it_matches_the_reference(batch):
     out, grads = run(batch)
     y, m, expected = expect(batch)

@@ -10,6 +10,7 @@ import pytest
 import reference
 from derivatives import assert_derivatives
 from implementations import linen_layer, nnx_layer, pull_back
+from samples import normal
 
 import bnjax
 from bnjax import _sums, _xla
@@ -30,10 +31,6 @@ def backend(request, monkeypatch):
     jax.clear_caches()
     yield request.param
     jax.clear_caches()
-
-
-def normal(shape, ratio=0.0, seed=0):
-    return np.asarray(ratio + np.random.default_rng(seed).standard_normal(shape), np.float32)
 
 
 OUTPUTS = ("y", "dx"), ("y",), ("dx",)  # of a training step: XLA rounds each in its own way
