@@ -15,8 +15,6 @@ from samples import RATIOS, fresh
 
 import bnjax
 
-pytestmark = pytest.mark.optimized
-
 RUNNING = np.array([1.0, -2.0, 0.5], np.float32), np.array([2.0, 0.5, 1.0], np.float32)
 
 

@@ -20,8 +20,6 @@ import bnjax
 import bnjax.linen
 import bnjax.nnx
 
-pytestmark = pytest.mark.optimized
-
 
 def batch(rows=24, shape=(3, 5), ratio=2.0, seed=0):
     """x, dy of it, scale and bias of the last axis."""

@@ -21,8 +21,6 @@ from samples import covering, normal
 import bnjax.linen
 import bnjax.nnx
 
-pytestmark = pytest.mark.optimized
-
 
 def variables_of(*features, dtype="float32"):
     """Parameters and statistics of no particular values."""

@@ -22,8 +22,6 @@ import bnjax.linen
 import bnjax.nnx
 from bnjax import Moments
 
-pytestmark = pytest.mark.optimized
-
 WIDE = {"r_max": np.inf, "d_max": np.inf}
 NONE = {"r_max": 1.0, "d_max": 0.0}
 LIMITS = {"r_max": 1.2, "d_max": 0.3}
