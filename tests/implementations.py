@@ -154,13 +154,14 @@ the_others = _over(["moments, normalize", "linen"])
 
 def alternating(names, values):
     """Runs a test on each value with one function and one layer, in turn with the others."""
+    if isinstance(names, str):
+        names, values = (names,), [(value,) for value in values]
     steps = [*IMPLEMENTATIONS.values()]
     rows = [
-        (step, *(value if isinstance(names, tuple) else (value,)))
+        (step, *value)
         for i, value in enumerate(values)
         for step in (steps[i % 2], steps[3 - i % 2])
     ]
-    names = names if isinstance(names, tuple) else (names,)
     return pytest.mark.parametrize(("step", *names), rows)
 
 

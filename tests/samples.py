@@ -45,14 +45,6 @@ def kernel(key, shape, dtype=jnp.float32):
     return jnp.asarray(values, dtype)
 
 
-def in_turn(rows, **fields):
-    """The rows, each with the next value of these fields: settings that are passed on as given."""
-    return [
-        row | {name: of[(i + j) % len(of)] for j, (name, of) in enumerate(fields.items())}
-        for i, row in enumerate(rows)
-    ]
-
-
 def fresh(features=3):
     """Running statistics as a layer begins with them."""
     return {"mean": jnp.zeros(features), "var": jnp.ones(features)}
@@ -85,6 +77,35 @@ def _greedy_rows(sizes, draw):
             lacks[value].difference_update(row)
         rows.append([k for _, k in sorted(row)])
     return rows
+
+
+def fields_of_flaxs_layers(*, x_dtype, dtype, given, axis):
+    """Rows for a layer beside flax's; of these, a wing says what it takes.
+
+    In pairs meet the values that decide dtypes. The others are passed on as they are given, and
+    take turns: the layers make no cases of them.
+    """
+    rows = covering(
+        x_dtype=x_dtype,
+        dtype=dtype,
+        param_dtype=[jnp.float32, jnp.bfloat16],
+        use_bias=[True, False],
+        use_scale=[True, False],
+    )
+    in_turn = {
+        "given": given,
+        "axis": axis,
+        "momentum": [0.9, 0.0, 1.0],
+        "epsilon": [1e-5, 1e-2],
+        "bias_init": [between_signs, jax.nn.initializers.zeros],
+        "scale_init": [around_one, jax.nn.initializers.ones],
+        "axis_name": [None, "replicas", ("replicas",)],
+        "use_fast_variance": [True, False],
+    }
+    return [
+        row | {name: of[(i + j) % len(of)] for j, (name, of) in enumerate(in_turn.items())}
+        for i, row in enumerate(rows)
+    ]
 
 
 def every_pair(**fields):

@@ -15,7 +15,7 @@ import pytest
 import reference
 from checks import assert_agree
 from jax import lax
-from samples import around_one, between_signs, covering, in_turn, kernel, well_scaled
+from samples import around_one, between_signs, fields_of_flaxs_layers, kernel, well_scaled
 
 import bnjax.linen
 
@@ -73,29 +73,15 @@ def test_fields_defaults_and_call_are_flaxs():
 
 @pytest.mark.parametrize(
     "row",
-    in_turn(
-        covering(
-            x_dtype=[jnp.float32, jnp.bfloat16],
-            dtype=[None, jnp.float32, jnp.float16],
-            param_dtype=[jnp.float32, jnp.bfloat16],
-            use_bias=[True, False],
-            use_scale=[True, False],
-        ),
+    fields_of_flaxs_layers(
+        x_dtype=[jnp.float32, jnp.bfloat16],
+        dtype=[None, jnp.float32, jnp.float16],
         given=["constructor", "call"],
         axis=[-1, 1, (-1, 1)],
-        momentum=[0.9, 0.0, 1.0],
-        epsilon=[1e-5, 1e-2],
-        bias_init=[between_signs, nn.initializers.zeros],
-        scale_init=[around_one, nn.initializers.ones],
-        axis_name=[None, "replicas", ("replicas",)],
-        use_fast_variance=[True, False],
     ),
 )
 def test_agrees_with_flax_over_100_steps(row):
-    """Two replicas train; each layer keeps its own statistics, and starts from the other's.
-
-    In pairs meet the values that decide dtypes: of the others this layer's code makes no cases.
-    """
+    """Two replicas train; each layer keeps its own statistics, and starts from the other's."""
     fields = dict(row)
     x_dtype, given = fields.pop("x_dtype"), fields.pop("given")
     ours, theirs = (layer(**fields) for layer in BOTH)

@@ -292,12 +292,9 @@ def test_pmerge_of_nothing_is_nothing(kind):
     chex.assert_tree_all_finite(m)
 
 
-@functools.cache
-def measured_over_replicas():
-    def measure(x, pivot):
-        return bnjax.moments(x, axis_name="replica", pivot=pivot)
-
-    return jax.pmap(measure, axis_name="replica", in_axes=(0, None))
+@functools.partial(jax.pmap, axis_name="replica", in_axes=(0, None))
+def measured_over_replicas(x, pivot):
+    return bnjax.moments(x, axis_name="replica", pivot=pivot)
 
 
 @pytest.mark.parametrize("ratio", [0, 1e4, 1e6])
@@ -305,7 +302,7 @@ def measured_over_replicas():
 def test_moments_over_a_mapped_axis_are_those_of_the_whole(ratio, pivot):
     x = normal((8, 64, 4), ratio)
     pivot = None if pivot is None else np.full(4, ratio + pivot, np.float32)
-    m = measured_over_replicas()(x, pivot)
+    m = measured_over_replicas(x, pivot)
     assert_accurate(jax.tree.map(lambda a: a[5], m), reference.moments(x.reshape(-1, 4)))
 
 

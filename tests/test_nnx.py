@@ -13,7 +13,7 @@ import reference
 from checks import assert_agree
 from flax import nnx
 from jax import lax
-from samples import around_one, between_signs, covering, in_turn, well_scaled
+from samples import around_one, between_signs, fields_of_flaxs_layers, well_scaled
 
 import bnjax.nnx
 
@@ -74,28 +74,16 @@ def test_constructor_and_call_are_flaxs():
 
 @pytest.mark.parametrize(
     "row",
-    in_turn(
-        covering(
-            x_dtype=[jnp.float32, jnp.float16],
-            dtype=[None, jnp.float32, jnp.bfloat16],
-            param_dtype=[jnp.float32, jnp.bfloat16],
-            use_bias=[True, False],
-            use_scale=[True, False],
-        ),
+    fields_of_flaxs_layers(
+        x_dtype=[jnp.float32, jnp.float16],
+        dtype=[None, jnp.float32, jnp.bfloat16],
         given=["mode", "call"],
         axis=[-1, 1, -3],
-        momentum=[0.9, 0.0, 1.0],
-        epsilon=[1e-5, 1e-2],
-        bias_init=[between_signs, nnx.initializers.zeros_init()],
-        scale_init=[around_one, nnx.initializers.ones_init()],
-        axis_name=[None, "replicas", ("replicas",)],
-        use_fast_variance=[True, False],
     ),
 )
 def test_agrees_with_flax_over_100_steps(row):
     """Two replicas train; each layer keeps its own statistics, and starts from the other's.
 
-    In pairs meet the values that decide dtypes: of the others this layer's code makes no cases.
     To a 16-bit `dtype` flax rounds inputs and variables before the arithmetic. With dtype
     float32 it doesn't, and its output, rounded at the end, is the right one.
     """

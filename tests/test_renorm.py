@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import reference
 from checks import assert_refused, largest_error
-from derivatives import PLAIN
 from flax import nnx
 from layouts import LAYOUTS
 from samples import between_signs
@@ -538,7 +537,7 @@ def test_reinforcement_learners_scan_jit_and_vmap_over_seeds():
 
     keys = jax.random.split(jax.random.key(0), seeds)
 
-    @functools.partial(jax.jit, compiler_options=PLAIN)
+    @jax.jit
     def together_and_alone(keys, xs):
         return jax.vmap(learn)(keys, xs), learn(keys[1], xs[1])
 
