@@ -16,6 +16,7 @@ from bnjax._trees import (
     is_statistic,
     map_layers,
     moments_by_path,
+    name_of,
     per_layer,
     stacked_layers,
 )
@@ -50,7 +51,8 @@ def recalibrate(
       that says which.
 
     Raises:
-      ValueError: where there is no batch, none with finite moments, or no moments at all.
+      ValueError: where there is no batch, none with finite moments, or no moments at all, and
+        where batches have moments of different layers.
 
     Example:
       >>> import bnjax, jax, jax.numpy as jnp
@@ -62,8 +64,11 @@ def recalibrate(
     """
     ddof = read_ddof(ddof)
     total, finite = None, []
-    for batch in _with_bar(batches) if progress else batches:
-        total, is_finite = _add(total, measure(batch))
+    for i, batch in enumerate(_with_bar(batches) if progress else batches):
+        moments = measure(batch)
+        if total is not None:
+            _check_layers(i, moments, total)
+        total, is_finite = _add(total, moments)
         finite.append(is_finite)  # looked at in the end: until then nothing waits for the device
     if finite and not moments_by_path(total):
         raise ValueError(
@@ -92,6 +97,19 @@ def recalibrate(
         return stats | {"mean": mean, m.second_name(): second}
 
     return map_layers(replace, batch_stats, total)
+
+
+def _check_layers(i: int, moments: Tree, total: Tree) -> None:
+    now, before = (set(map(name_of, moments_by_path(m))) for m in (moments, total))
+    if now != before:
+        raise ValueError(
+            f"measure gave moments of {_listed(now)} for batch {i} (counted from 0), but of "
+            f"{_listed(before)} for those before it. Give those of the same layers for each batch."
+        )
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "no layer"
 
 
 @jax.jit

@@ -203,3 +203,16 @@ def test_a_measure_that_gives_the_output_too():
         "Give linen's collection alone, updates['moments'], or what "
         "nnx.pop(model, bnjax.nnx.BatchMoments) returns."
     )
+
+
+def test_a_measure_that_gives_other_layers():
+    def measure(batch):
+        return {name: bnjax.moments(data()) for name in batch}
+
+    stats = {"first": fresh(), "second": fresh()}
+    with pytest.raises(ValueError, match=r"^") as error:
+        bnjax.recalibrate(measure, stats, [["first", "second"], ["second"]])
+    assert str(error.value) == (
+        "measure gave moments of second for batch 1 (counted from 0), but of first, second for "
+        "those before it. Give those of the same layers for each batch."
+    )
