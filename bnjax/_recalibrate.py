@@ -66,7 +66,7 @@ def recalibrate(
     total, finite = None, []
     for i, batch in enumerate(_with_bar(batches) if progress else batches):
         moments = measure(batch)
-        if total is not None:
+        if i:
             _check_layers(i, moments, total)
         total, is_finite = _add(total, moments)
         finite.append(is_finite)  # looked at in the end: until then nothing waits for the device

@@ -216,3 +216,10 @@ def test_a_measure_that_gives_other_layers():
         "measure gave moments of second for batch 1 (counted from 0), but of first, second for "
         "those before it. Give those of the same layers for each batch."
     )
+
+
+@pytest.mark.parametrize("nothing", [None, {}], ids=str)
+def test_a_measure_that_gives_nothing_at_first(nothing):
+    given = iter([nothing, {"norm": bnjax.moments(data())}])
+    with pytest.raises(ValueError, match=r"moments of norm for batch 1 .* but of no layer"):
+        bnjax.recalibrate(lambda batch: next(given), {"norm": fresh()}, [0, 1])
